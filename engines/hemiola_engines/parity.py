@@ -1,0 +1,54 @@
+"""Parity: the engines of a bundle against PyTorch, on whatever machine the bundle lies.
+
+Export draws a few images with every schedule in PyTorch and stores their final latents; a bundle carries them. So the
+comparison needs neither PyTorch nor the model.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from hemiola_engines.errors import BuildError
+from hemiola_runtime.bundle import open_bundle
+from hemiola_runtime.manifest import REFERENCE_FILE
+from hemiola_runtime.sampler import Sampler
+
+# Relative L2 of the final latents. One forward in float32 is off by 1e-6; a trajectory multiplies that, and `tokens`
+# may choose another token where two rank alike.
+FP32_BOUND: Final = 1e-3
+
+
+def check_parity(bundle: Path) -> dict[str, float]:
+    """Draw the reference images with the bundle's engines.
+
+    Returns:
+        Relative L2 of the final latents against PyTorch, by schedule.
+
+    Raises:
+        BuildError: one is beyond its bound.
+    """
+    with np.load(io.BytesIO(open_bundle(bundle).files[REFERENCE_FILE]), allow_pickle=False) as file:
+        reference = dict(file)
+    found = {}
+    with Sampler.open(bundle) as sampler:
+        guidance = None if sampler.manifest.pipeline.guidance == "none" else reference["guidance"].tolist()
+        for name in sampler.schedules:
+            differences = []
+            for i, (label, seed) in enumerate(zip(reference["labels"], reference["seeds"], strict=True)):
+                scale = None if guidance is None else [guidance[i]]
+                drawn = sampler.generate(labels=[int(label)], seeds=[int(seed)], guidance_scale=scale, schedule=name)
+                expected = reference[f"latents.{name}"][i]
+                differences.append(float(np.linalg.norm(drawn.latents[0] - expected) / np.linalg.norm(expected)))
+            found[name] = max(differences)
+    for name, difference in found.items():
+        if not difference <= FP32_BOUND:
+            raise BuildError(
+                f"under the schedule {name} the engines draw images that differ from PyTorch's by {difference:.1e} "
+                f"(relative L2 of the final latents; the bound is {FP32_BOUND:.0e}). The backend computes something "
+                "else: please report it, with the versions that `hemiola doctor` prints"
+            )
+    return found

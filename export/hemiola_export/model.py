@@ -1,0 +1,173 @@
+"""Open a diffusers folder, on disk or on the hub: transformer, scheduler, VAE, labels, and who it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from hemiola_export.errors import ExportError
+from hemiola_export.families import FAMILIES, Family, open_transformer
+from hemiola_export.solver import scheduler_identity
+from hemiola_runtime.schedule import ModelIdentity, SchedulerIdentity
+
+logger = logging.getLogger(__name__)
+
+# Short names of schedulers: diffusers class and the options that make it what people mean by the name.
+SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++3m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A diffusers pipeline, opened.
+
+    Attributes:
+        identity: what schedules for it are bound to.
+        transformer: diffusers' module, float32.
+        family: the same, opened at its seams.
+        scheduler: the scheduler object that the folder names.
+        vae: diffusers' AutoencoderKL, or None for a model of pixels.
+        labels: class label → what people call it.
+    """
+
+    identity: ModelIdentity
+    transformer: Any
+    family: Family
+    scheduler: Any
+    vae: Any | None
+    labels: dict[str, str]
+
+
+def load_model(source: str) -> Model:
+    """Load a model from a diffusers folder or a hub id.
+
+    Raises:
+        ExportError: there is no such model, or no family opens it.
+    """
+    folder = _folder(source)
+    index = _read_json(folder / "model_index.json", "a diffusers folder has one")
+    class_name = _read_json(folder / "transformer" / "config.json", "the model has no transformer")["_class_name"]
+    if class_name not in FAMILIES:
+        raise ExportError(f"{source} holds a {class_name}; Hemiola opens {', '.join(FAMILIES)}")
+    transformer = getattr(diffusers, class_name).from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    family = open_transformer(transformer)
+    vae = None
+    if (folder / "vae").is_dir():
+        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        vae = vae.eval().requires_grad_(False)
+    identity = ModelIdentity(
+        family=family.key,
+        name=folder.name if Path(source).is_dir() else source,
+        weights_sha256=_weights_digest(folder / "transformer"),
+        latent_shape=family.latent_shape,
+    )
+    scheduler = _scheduler_from_folder(folder / "scheduler")
+    return Model(identity, transformer, family, scheduler, vae, _labels(index, family.num_classes))
+
+
+def _folder(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path.resolve()
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ExportError(
+            f"{source} is neither a folder nor a model that the hub would give: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read_json(path: Path, why: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror}; {why}") from error
+    except ValueError as error:
+        raise ExportError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ExportError(f"{path} holds no object")
+    return data
+
+
+def _weights_digest(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{folder} holds no safetensors; save the model with diffusers' save_pretrained")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _labels(index: dict[str, Any], num_classes: int) -> dict[str, str]:
+    known = index.get("id2label") or {}
+    return {str(label): str(known.get(str(label), label)) for label in range(num_classes)}
+
+
+def _scheduler_from_folder(folder: Path) -> Any:
+    config = _read_json(folder / "scheduler_config.json", "a diffusers folder names its scheduler")
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def make_scheduler(model: Model, name: str | None, options: dict[str, Any]) -> Any:
+    """Make the scheduler a user asks for, on the noise levels that the model was trained with.
+
+    Args:
+        model: whose own scheduler serves where `name` is None, and whose configuration serves in any case.
+        name: a key of SCHEDULERS or the name of a diffusers class.
+        options: of the scheduler's configuration, as `use_karras_sigmas`.
+
+    Raises:
+        ExportError: there is no such scheduler or option.
+    """
+    preset: dict[str, Any] = {}
+    if name is None:
+        class_name = type(model.scheduler).__name__
+    elif name in SCHEDULERS:
+        class_name, preset = SCHEDULERS[name]
+    else:
+        class_name = name
+    if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
+        raise ExportError(f"unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)} and diffusers' class names")
+    scheduler_class = getattr(diffusers, class_name)
+    known = scheduler_class().config
+    if unknown := sorted(set(options) - set(known)):
+        raise ExportError(f"{class_name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return scheduler_class.from_config(model.scheduler.config, **(preset | options))
+
+
+def scheduler_from_identity(identity: SchedulerIdentity) -> Any:
+    """Make the scheduler that a schedule was made for, and see that the installed diffusers still steps alike.
+
+    Raises:
+        ExportError: it does not.
+    """
+    if not hasattr(diffusers, identity.class_name):
+        raise ExportError(f"diffusers {diffusers.__version__} has no {identity.class_name}")
+    scheduler = getattr(diffusers, identity.class_name).from_config(identity.config)
+    if difference := identity.difference(scheduler_identity(scheduler, identity.num_inference_steps)):
+        raise ExportError(
+            f"the schedule was made for {identity.label}, which diffusers {diffusers.__version__} makes differently "
+            f"({difference}). Search a schedule with this version"
+        )
+    return scheduler

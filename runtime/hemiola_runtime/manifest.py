@@ -1,0 +1,335 @@
+"""What export and build say about their folders: `graphs.json` and `manifest.json`, with the standard library alone.
+
+Both describe one pipeline (what the model is and what its graphs expect) and a set of graphs by their inputs, outputs
+and weights. A bundle adds what the engines were built with and the digest of every file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal, TypeVar
+
+from hemiola_runtime.artifacts import MadeBy
+from hemiola_runtime.codec import parse, write_json
+from hemiola_runtime.errors import BundleError, ScheduleError
+from hemiola_runtime.schedule import Forward, ModelIdentity, Schedule, SchedulerIdentity, TokenSelector
+
+SCHEMA: Final = 1
+MANIFEST_FILE: Final = "manifest.json"
+GRAPHS_FILE: Final = "graphs.json"
+WEIGHTS_FILE: Final = "weights.bin"
+REFERENCE_FILE: Final = "reference.npz"
+UNCACHED: Final = "full"  # name of the schedule that computes everything at every step; every bundle has it
+
+STEP_TABLE: Final = "TR"  # first side of a table that conditioning writes: T steps of R rows each
+
+T = TypeVar("T")
+
+DType = Literal["float32", "int64"]
+ITEMSIZE: Final[Mapping[str, int]] = {"float32": 4, "int64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and shape of one input or output.
+
+    Attributes:
+        name: as in the graph.
+        dtype: element type.
+        shape: integers, or the symbols B images, R rows (2B under guidance), K tokens, T model evaluations, TR = T·R.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+    def resolve(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape with every symbol replaced by its number."""
+        return tuple(side if isinstance(side, int) else symbols[side] for side in self.shape)
+
+    def num_bytes(self, symbols: Mapping[str, int]) -> int:
+        """Return its size in bytes."""
+        return math.prod(self.resolve(symbols)) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """Where one weight of a graph lies within the weight file that all graphs share."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """One ONNX graph.
+
+    Attributes:
+        name: a forward, `conditioning` or `vae_decoder`.
+        file: within its folder.
+        sha256: of the file.
+        inputs: in the graph's order. An output `next_x` replaces the tensor `x`.
+        outputs: in the graph's order.
+        weights: those that lie in the shared weight file.
+        activation_bytes_per_row: estimate of the intermediate tensors alive at once, for one row.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    activation_bytes_per_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What the graphs compute, whatever runs them.
+
+    Attributes:
+        model: the model they were exported from.
+        guidance: `classifier_free` or `none`.
+        num_blocks: L.
+        width: D.
+        num_tokens: N.
+        branches: modules of a block that are cached, in the order of their residual sums.
+        state_rows: 1 + k, the sample and the solver's history.
+        deep_start: first deep block of `deep` and `tokens`, None if neither was exported.
+        selector: of `tokens`, None if it was not exported.
+        labels: class label → what people call it.
+        image_shape: (height, width, channels) of one picture.
+    """
+
+    model: ModelIdentity
+    guidance: Literal["classifier_free", "none"]
+    num_blocks: int
+    width: int
+    num_tokens: int
+    branches: tuple[str, ...]
+    state_rows: int
+    deep_start: int | None
+    selector: TokenSelector | None
+    labels: dict[str, str]
+    image_shape: tuple[int, int, int]
+
+    @property
+    def rows_per_image(self) -> int:
+        """2 under classifier-free guidance, else 1."""
+        return 2 if self.guidance == "classifier_free" else 1
+
+    def symbols(self, batch_size: int, num_evaluations: int, num_selected: int = 0) -> dict[str, int]:
+        """Return the number behind every symbol of a shape."""
+        rows = batch_size * self.rows_per_image
+        return {"B": batch_size, "R": rows, "K": num_selected, "T": num_evaluations, STEP_TABLE: num_evaluations * rows}
+
+    def check_schedule(self, schedule: Schedule, forwards: set[str]) -> None:
+        """Make sure that a schedule was made for this pipeline.
+
+        Raises:
+            ScheduleError: it was not; the message names both sides.
+        """
+        mine, theirs = self.model, schedule.model
+        if (mine.family, mine.weights_sha256) != (theirs.family, theirs.weights_sha256):
+            raise ScheduleError(
+                f"the schedule was made for the model {theirs.name} (weights {theirs.weights_sha256[:12]}), "
+                f"but here is {mine.name} (weights {mine.weights_sha256[:12]}). Search a schedule for this model"
+            )
+        if mine.latent_shape != theirs.latent_shape:
+            raise ScheduleError(
+                f"the schedule was made for latents of shape {list(theirs.latent_shape)}, but here they are "
+                f"{list(mine.latent_shape)}. Search a schedule at this resolution"
+            )
+        if self.guidance != schedule.guidance:
+            raise ScheduleError(
+                f"the schedule was made with guidance `{schedule.guidance}`, but here it is `{self.guidance}`"
+            )
+        if missing := sorted({forward.value for forward in schedule.counts} - forwards):
+            raise ScheduleError(
+                f"the schedule runs `{', '.join(missing)}`, but only {', '.join(sorted(forwards))} were exported. "
+                "Export again with this schedule among the others"
+            )
+        for name, wanted, here in (
+            ("deep_start", schedule.deep_start, self.deep_start),
+            ("selector", schedule.selector, self.selector),
+        ):
+            if wanted is not None and wanted != here:
+                raise ScheduleError(
+                    f"the schedule needs {name} = {wanted}, but the graphs were exported with {name} = {here}. "
+                    "Export again with this schedule"
+                )
+        for i, step in enumerate(schedule.steps):
+            if step.tokens is not None and step.tokens > self.num_tokens:
+                raise ScheduleError(f"step {i} recomputes {step.tokens} tokens, but an image has {self.num_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSet:
+    """The folder that export leaves: graphs, one weight file, schedules, solver tables, reference images.
+
+    Attributes:
+        schema: of the file, now 1.
+        pipeline: what the graphs compute.
+        precision: of weights and caches.
+        graphs: by name.
+        weights_sha256: of the shared weight file.
+        schedules: name → file; the first is the one that runs unless another is asked for.
+        solvers: digest of the scheduler → file.
+        made_by: command and versions.
+    """
+
+    schema: Literal[1]
+    pipeline: Pipeline
+    precision: Literal["fp32"]
+    graphs: dict[str, GraphSpec]
+    weights_sha256: str
+    schedules: dict[str, str]
+    solvers: dict[str, str]
+    made_by: MadeBy
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """One engine: a graph made runnable.
+
+    Attributes:
+        graph: its inputs, outputs and weights; `file` is the engine's file within the bundle.
+        key: digest of all that went into it; an engine is built again only if it changes.
+    """
+
+    graph: GraphSpec
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """Digest and size of one file of a bundle."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """What the engines were built by: name and exact version."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The folder that is deployed.
+
+    Attributes:
+        schema: of the file, now 1.
+        backend: what runs the engines.
+        pipeline: what they compute.
+        precision: of weights and caches.
+        max_batch_size: largest B that is served.
+        engines: by name.
+        schedules: name → file; the first is the default.
+        solvers: digest of the scheduler → file.
+        files: every file of the bundle but this one, by its path within it.
+        parity: relative L2 of the final latents against PyTorch, by schedule, measured when the bundle was built.
+        made_by: command and versions.
+    """
+
+    schema: Literal[1]
+    backend: BackendSpec
+    pipeline: Pipeline
+    precision: Literal["fp32"]
+    max_batch_size: int
+    engines: dict[str, EngineSpec]
+    schedules: dict[str, str]
+    solvers: dict[str, str]
+    files: dict[str, FileSpec]
+    parity: dict[str, float]
+    made_by: MadeBy
+
+    def __post_init__(self) -> None:
+        for path in self.files:
+            _check_path(path)
+        named = [engine.graph.file for engine in self.engines.values()]
+        for path in (*named, *self.schedules.values(), *self.solvers.values()):
+            if path not in self.files:
+                raise ValueError(f"{path!r} is used but has no digest in `files`")
+        if UNCACHED not in self.schedules:
+            raise ValueError(f"there is no schedule `{UNCACHED}`")
+        if self.max_batch_size < 1:
+            raise ValueError(f"max_batch_size is 1 or more, not {self.max_batch_size}")
+
+    @property
+    def forwards(self) -> set[str]:
+        """Names of the forwards that have an engine."""
+        return {forward.value for forward in Forward} & set(self.engines)
+
+    def solver_file(self, scheduler: SchedulerIdentity) -> str:
+        """Return the file of a scheduler's table.
+
+        Raises:
+            ScheduleError: the bundle has none; the message names both sides.
+        """
+        if scheduler.digest not in self.solvers:
+            raise ScheduleError(
+                f"the bundle has no solver table for the schedule's scheduler {scheduler.label} "
+                f"({scheduler.digest}); it has {', '.join(self.solvers.values())}. "
+                "Export again with this schedule among the others"
+            )
+        return self.solvers[scheduler.digest]
+
+
+def _check_path(path: str) -> None:
+    parts = PurePosixPath(path)
+    is_inside = path and not parts.is_absolute() and ".." not in parts.parts and "\\" not in path
+    if not is_inside or str(parts) != path or "\0" in path:
+        raise ValueError(f"the path {path!r} leaves the bundle")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest.
+
+    Raises:
+        BundleError: there is none, or it is not valid.
+    """
+    return _read(Manifest, folder / MANIFEST_FILE, "`hemiola build` writes bundles")
+
+
+def read_graph_set(folder: Path) -> GraphSet:
+    """Read what export says about its folder.
+
+    Raises:
+        BundleError: there is nothing of the kind, or it is not valid.
+    """
+    return _read(GraphSet, folder / GRAPHS_FILE, "`hemiola export` writes such folders")
+
+
+def _read(kind: type[T], path: Path, mend: str) -> T:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}. {mend}") from error
+    try:
+        return parse(kind, text, path.name)
+    except ValueError as error:
+        raise BundleError(f"{error}. {mend}") from error
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write a bundle's manifest atomically."""
+    write_json(manifest, folder / MANIFEST_FILE)
+
+
+def write_graph_set(graphs: GraphSet, folder: Path) -> None:
+    """Write what export says about its folder, atomically."""
+    write_json(graphs, folder / GRAPHS_FILE)

@@ -1,0 +1,70 @@
+"""The memory plan: what a bundle will need, known before anything is loaded, and refused early if it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hemiola_runtime.artifacts import in_words
+from hemiola_runtime.errors import CapacityError
+from hemiola_runtime.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes that serving a bundle takes.
+
+    Attributes:
+        weights_bytes: shared by all engines and requests.
+        workspace_bytes: caches, modulation tables and solver state of one request at the largest batch size.
+        activation_bytes: estimate of the intermediate tensors of the largest engine, for one request.
+        max_concurrency: requests that run at once.
+    """
+
+    weights_bytes: int
+    workspace_bytes: int
+    activation_bytes: int
+    max_concurrency: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.max_concurrency * (self.workspace_bytes + self.activation_bytes)
+
+    def __str__(self) -> str:
+        return (
+            f"{in_words(self.total_bytes)} = {in_words(self.weights_bytes)} weights + {self.max_concurrency} × "
+            f"({in_words(self.workspace_bytes)} caches and states + {in_words(self.activation_bytes)} activations)"
+        )
+
+    def check(self, available_bytes: int | None) -> None:
+        """Refuse a plan that does not fit.
+
+        Args:
+            available_bytes: free memory, None if unknown.
+
+        Raises:
+            CapacityError: with the numbers.
+        """
+        if available_bytes is not None and self.total_bytes > available_bytes:
+            raise CapacityError(
+                f"the bundle needs {self}, but {in_words(available_bytes)} are free. "
+                "Lower max_concurrency, or build with a smaller --max-batch-size"
+            )
+
+
+def plan_memory(manifest: Manifest, weights_bytes: int, workspace_bytes: int, max_concurrency: int) -> MemoryPlan:
+    """Add up what serving takes."""
+    rows = manifest.max_batch_size * manifest.pipeline.rows_per_image
+    activation = max(engine.graph.activation_bytes_per_row for engine in manifest.engines.values())
+    return MemoryPlan(weights_bytes, workspace_bytes, rows * activation, max_concurrency)
+
+
+def available_host_bytes() -> int | None:
+    """Return the host memory that is free for new work, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else None

@@ -1,0 +1,123 @@
+"""A request: what a caller asks for, checked before anything runs, as the tensors that the first launches read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hemiola_runtime.errors import RequestError
+from hemiola_runtime.manifest import Manifest
+from hemiola_runtime.noise import noise_from_seeds
+
+MAX_SEED: Final = 2**64 - 1  # what keys numpy's Philox with one word
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """B images to draw.
+
+    Attributes:
+        labels: (B,) int64.
+        seeds: B of them; empty where the caller gave the noise.
+        guidance: (B,) float32.
+        noise: (B, C, H, W) float32, standard normal.
+    """
+
+    labels: NDArray[np.int64]
+    seeds: tuple[int, ...]
+    guidance: NDArray[np.float32]
+    noise: NDArray[np.float32]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.labels)
+
+    def tensors(self, init_noise_sigma: float, state_rows: int) -> dict[str, NDArray[Any]]:
+        """Return what the request writes into the workspace, by name."""
+        state = np.zeros((state_rows, *self.noise.shape), dtype=np.float32)
+        state[0] = self.noise * np.float32(init_noise_sigma)
+        return {"state": state, "labels": self.labels, "guidance": self.guidance}
+
+
+def request_from_arguments(
+    manifest: Manifest,
+    labels: Sequence[int | str],
+    seeds: int | Sequence[int],
+    guidance_scale: float | Sequence[float],
+    latents: NDArray[np.float32] | None,
+) -> Request:
+    """Check what a caller asks for against what a bundle can do.
+
+    Raises:
+        RequestError: it cannot; the message says why.
+    """
+    numbers = _label_numbers(labels, manifest.pipeline.labels)
+    batch_size = len(numbers)
+    if not 1 <= batch_size <= manifest.max_batch_size:
+        raise RequestError(
+            f"{batch_size} images in one request; this bundle takes 1 to {manifest.max_batch_size}. Ask in parts, or "
+            f"build it with --max-batch-size {max(batch_size, 1)}"
+        )
+    shape = manifest.pipeline.model.latent_shape
+    if latents is None:
+        drawn = _seeds(seeds, batch_size)
+        noise = noise_from_seeds(drawn, shape)
+    else:
+        drawn, noise = (), _latents(latents, (batch_size, *shape))
+    return Request(np.array(numbers, dtype=np.int64), drawn, _guidance(guidance_scale, batch_size), noise)
+
+
+def _label_numbers(labels: Sequence[int | str], known: dict[str, str]) -> list[int]:
+    if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | np.ndarray):
+        raise RequestError(f"labels is a list with one label per image, not {labels!r}")
+    by_name = {name.strip(): int(label) for label, names in known.items() for name in names.split(",")}
+    numbers = []
+    for label in labels:
+        if isinstance(label, str):
+            if label not in by_name:
+                raise RequestError(f"unknown label {label!r}; `hemiola inspect` of the bundle lists them")
+            numbers.append(by_name[label])
+        elif isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < len(known):
+            numbers.append(int(label))
+        else:
+            raise RequestError(f"label {label!r} is out of range: this model knows 0 to {len(known) - 1}")
+    return numbers
+
+
+def _seeds(seeds: int | Sequence[int], batch_size: int) -> tuple[int, ...]:
+    if isinstance(seeds, int | np.integer):
+        drawn: tuple[Any, ...] = tuple(int(seeds) + i for i in range(batch_size))
+    else:
+        drawn = tuple(seeds)
+    if len(drawn) != batch_size:
+        raise RequestError(f"{len(drawn)} seeds for {batch_size} images; give one per image, or one number")
+    for seed in drawn:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+            raise RequestError(f"seed {seed!r} is not a whole number from 0 to 2^64 - 1")
+    return tuple(int(seed) for seed in drawn)
+
+
+def _guidance(scale: float | Sequence[float], batch_size: int) -> NDArray[np.float32]:
+    try:
+        values = np.asarray(scale, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"guidance_scale is a number, or one per image, not {scale!r}") from error
+    if values.shape not in ((), (batch_size,)) or not np.isfinite(values).all():
+        raise RequestError(f"guidance_scale {scale!r} is neither one finite number nor {batch_size}, one per image")
+    return np.broadcast_to(values, (batch_size,)).copy()
+
+
+def _latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if not isinstance(latents, np.ndarray) or latents.dtype != np.float32:
+        kind = latents.dtype if isinstance(latents, np.ndarray) else type(latents).__name__
+        raise RequestError(f"latents are a numpy array of float32, not {kind}. Convert with .astype(numpy.float32)")
+    if latents.shape != shape:
+        raise RequestError(f"latents have shape {latents.shape} where this request needs {shape}")
+    if not np.isfinite(latents).all():
+        raise RequestError("latents hold NaN or infinity")
+    return latents
