@@ -68,11 +68,15 @@ def load_model(source: str) -> Model:
     class_name = _read_json(folder / "transformer" / "config.json", "the model has no transformer")["_class_name"]
     if class_name not in FAMILIES:
         raise ExportError(f"{source} holds a {class_name}; Hemiola opens {', '.join(FAMILIES)}")
-    transformer = getattr(diffusers, class_name).from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    transformer = getattr(diffusers, class_name).from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
     family = open_transformer(transformer)
     vae = None
     if (folder / "vae").is_dir():
-        vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        vae = diffusers.AutoencoderKL.from_pretrained(
+            folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
         vae = vae.eval().requires_grad_(False)
     identity = ModelIdentity(
         family=family.key,

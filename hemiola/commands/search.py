@@ -1,0 +1,119 @@
+"""Find a caching schedule for a model and a sampler.
+
+Writes the schedule to --out, a record of everything that was tried beside it (search.json), and the schedules of the
+baselines, fewer steps and FORA's uniform period, into baselines/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+from hemiola_runtime.errors import RequestError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="diffusers folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the schedule, a JSON file")
+    parser.add_argument("--scheduler", help="ddim, dpm++2m, … or a diffusers class; default is the model's own")
+    parser.add_argument(
+        "--scheduler-option", action="append", default=[], metavar="KEY=VALUE", help="as use_karras_sigmas=True"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps T")
+    parser.add_argument("--strategy", default="procache", help="procache, uniform or fewer_steps")
+    parser.add_argument("--budget", type=int, default=17, help="full steps among the T")
+    parser.add_argument("--v-min", type=int, default=1, help="fewest cached steps after a full one (ProCache)")
+    parser.add_argument("--v-max", type=int, help="most; default is the mean segment, rounded up")
+    parser.add_argument(
+        "--selective", choices=("tokens", "deep", "none"), default="tokens", help="what ProCache's selective steps do"
+    )
+    parser.add_argument("--token-ratio", type=float, default=0.15, help="share of tokens that `tokens` recomputes")
+    parser.add_argument("--deep-ratio", type=float, default=0.25, help="share of blocks that are deep")
+    parser.add_argument(
+        "--selector",
+        choices=("value_norm", "output_norm", "attention", "random"),
+        default="value_norm",
+        help="score by which tokens are ranked",
+    )
+    parser.add_argument("--staleness-weight", type=float, default=0.0625, help="added per step a token went uncomputed")
+    parser.add_argument("--spatial-bonus", type=float, default=0.6, help="extra for the best token of each square")
+    parser.add_argument("--spatial-size", type=int, default=2, help="side of these squares in tokens")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the trajectories; 0 for no guidance")
+    parser.add_argument("--images", type=int, default=20, help="images that candidates are scored on")
+    parser.add_argument("--held-out", type=int, default=60, help="other images, for the figures of the result")
+    parser.add_argument("--judge", type=Path, help="folder of a judge; default is MODEL/judge where it exists")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Search."""
+    from hemiola.progress import Bar
+    from hemiola_export.model import load_model, make_scheduler
+    from hemiola_runtime.schedule import TokenSelector, write_schedule
+    from hemiola_search.judge import Judge
+    from hemiola_search.problem import SearchOptions
+    from hemiola_search.record import write_record
+    from hemiola_search.search import find_schedule, problem_for
+    from hemiola_search.strategies import STRATEGIES
+
+    if options.strategy not in STRATEGIES:
+        raise RequestError(f"unknown strategy {options.strategy!r}; known are {', '.join(STRATEGIES)}")
+    with Bar("search", unit="step") as bar:
+        bar.stage("loading")
+        model = load_model(options.model)
+        scheduler = make_scheduler(model, options.scheduler, _options(options.scheduler_option))
+        selector = TokenSelector(
+            options.selector, options.staleness_weight, options.spatial_bonus, options.spatial_size, options.seed
+        )
+        settings = SearchOptions(
+            budget=options.budget,
+            v_min=options.v_min,
+            v_max=options.v_max,
+            selective=options.selective,
+            token_ratio=options.token_ratio,
+            deep_ratio=options.deep_ratio,
+            selector=selector,
+            guidance_scale=options.guidance_scale,
+            num_images=options.images,
+            num_held_out=options.held_out,
+            seed=options.seed,
+        )
+        guidance: Any = "classifier_free" if options.guidance_scale else "none"
+        problem = problem_for(model, scheduler, options.steps, settings, guidance)
+        found = find_schedule(
+            model,
+            problem,
+            options.strategy,
+            _judge(options, Judge),
+            on_step=bar.advance,
+            on_stage=bar.stage,
+        )
+    for name, schedule in found.baselines.items():
+        write_schedule(schedule, options.out.parent / "baselines" / f"{name}.json")
+    write_record(found.record, options.out.parent / "search.json")
+    write_schedule(found.schedule, options.out)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in found.schedule.measured.items())
+    sys.stdout.write(f"{found.schedule.rhythm}\n{found.schedule.summary}\n{figures}\nwrote {options.out}\n")
+    return 0
+
+
+def _judge(options: argparse.Namespace, judge: type[Any]) -> Any:
+    folder: Path = options.judge or Path(options.model) / "judge"
+    return judge(folder) if options.judge is not None or folder.is_dir() else None
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    parsed = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise RequestError(f"--scheduler-option takes KEY=VALUE, not {pair!r}")
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            parsed[key] = value
+    return parsed

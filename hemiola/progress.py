@@ -1,0 +1,32 @@
+"""Progress bars of the command line: on stderr, and only where that is a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Bar:
+    """A bar with a stage in words; a context manager."""
+
+    def __init__(self, title: str, total: int | None = None, unit: str = "it") -> None:
+        self._title = title
+        self._bar = tqdm(total=total, desc=title, unit=unit, disable=None, leave=True, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Count one."""
+        self._bar.update()
+
+    def stage(self, text: str) -> None:
+        """Say what is being done."""
+        self._bar.set_description(f"{self._title}: {text}")
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.set_description(self._title)
+        self._bar.close()

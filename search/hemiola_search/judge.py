@@ -1,0 +1,49 @@
+"""A judge of images: a classifier as an ONNX graph, and the statistics of its features on real images.
+
+The folder of a model may hold one in `judge/`: `judge.onnx` maps images (B, height, width, channels) float32 in [0, 1]
+to `logits` (B, classes) and `features` (B, F); `statistics.npz` holds `mean` (F,) and `covariance` (F, F) of the
+features of real images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from hemiola_search.errors import SearchError
+from hemiola_search.quality import Floats, frechet_distance
+
+
+class Judge:
+    """Reads labels off images, and tells how far a set of images is from real ones."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the judge of a folder.
+
+        Raises:
+            SearchError: there is none, or it is not what this module's head describes.
+        """
+        try:
+            settings = ort.SessionOptions()
+            settings.log_severity_level = 3
+            self._session = ort.InferenceSession(
+                (folder / "judge.onnx").read_bytes(), settings, providers=["CPUExecutionProvider"]
+            )
+            with np.load(folder / "statistics.npz", allow_pickle=False) as statistics:
+                self._mean, self._covariance = statistics["mean"], statistics["covariance"]
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise SearchError(f"{folder} holds no judge that can be used: {error}") from error
+        if (found := [output.name for output in self._session.get_outputs()]) != ["logits", "features"]:
+            raise SearchError(f"the judge in {folder} gives {found} instead of logits and features")
+
+    def look(self, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the label that is read off each image (n,), and its features (n, F)."""
+        logits, features = self._session.run(None, {"images": images.astype(np.float32)})
+        return np.argmax(logits, axis=1), features
+
+    def frechet(self, features: Floats) -> float:
+        """Return the Fréchet distance between features (n, F) and those of the real images."""
+        return frechet_distance(features, self._mean, self._covariance)
