@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from hemiola_export.errors import ExportError
 from hemiola_export.families import FAMILIES, Family, open_transformer
-from hemiola_export.solver import scheduler_identity
+from hemiola_export.solver import config_from_identity, scheduler_identity
 from hemiola_runtime.schedule import ModelIdentity, SchedulerIdentity
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def scheduler_from_identity(identity: SchedulerIdentity) -> Any:
     """
     if not hasattr(diffusers, identity.class_name):
         raise ExportError(f"diffusers {diffusers.__version__} has no {identity.class_name}")
-    scheduler = getattr(diffusers, identity.class_name).from_config(identity.config)
+    scheduler = getattr(diffusers, identity.class_name).from_config(config_from_identity(identity))
     if difference := identity.difference(scheduler_identity(scheduler, identity.num_inference_steps)):
         raise ExportError(
             f"the schedule was made for {identity.label}, which diffusers {diffusers.__version__} makes differently "

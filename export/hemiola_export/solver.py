@@ -48,9 +48,29 @@ def scheduler_identity(scheduler: Any, num_inference_steps: int) -> SchedulerIde
             raise UnsupportedSolverError(
                 f"{type(scheduler).__name__} cannot make {num_inference_steps} steps: {error}"
             ) from error
-    config = {key: value for key, value in sorted(scheduler.config.items()) if not key.startswith("_")}
+    config = {key: _as_json(value) for key, value in sorted(scheduler.config.items()) if not key.startswith("_")}
     timesteps = tuple(float(t) for t in scheduler.timesteps)
     return SchedulerIdentity(type(scheduler).__name__, config, num_inference_steps, timesteps)
+
+
+def _as_json(value: Any) -> Any:
+    """Write a value of a scheduler's configuration in JSON, which knows neither infinity nor numpy's numbers."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_as_json(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else str(float(value))
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def config_from_identity(identity: SchedulerIdentity) -> dict[str, Any]:
+    """Return a scheduler's configuration as the scheduler takes it: infinities are numbers again."""
+    infinities = {"inf": np.inf, "-inf": -np.inf}
+    return {
+        key: float(infinities[value]) if isinstance(value, str) and value in infinities else value
+        for key, value in identity.config.items()
+    }
 
 
 def measure_solver(scheduler: Any, num_inference_steps: int) -> SolverTable:

@@ -154,4 +154,4 @@ def _without_duplicates(where: str) -> Callable[[list[tuple[str, Any]]], dict[st
 
 def write_json(value: Any, path: Path) -> None:
     """Write a dataclass as JSON, atomically, so that it is easy to read and to compare."""
-    write_text(json.dumps(encode(value), indent=1, ensure_ascii=False) + "\n", path)
+    write_text(json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
