@@ -98,8 +98,11 @@ def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int) 
     _, height, width = family.latent_shape
     pixels = (height, width, family.latent_shape[0])
     deep_start: int | None = _common("deep_start", {name: s.deep_start for name, s in schedules.items()})
-    if deep_start is not None and deep_start > len(family.blocks):
-        raise ExportError(f"deep_start {deep_start} lies behind the last of the model's {len(family.blocks)} blocks")
+    if deep_start is not None and deep_start >= len(family.blocks):
+        raise ExportError(
+            f"deep_start {deep_start} lies behind the last of the model's {len(family.blocks)} blocks, so that none "
+            "is deep and `deep` and `tokens` would compute nothing"
+        )
     selector: TokenSelector | None = _common("selector", {name: s.selector for name, s in schedules.items()})
     guidance: Literal["classifier_free", "none"] = _common(
         "guidance", {name: schedule.guidance for name, schedule in schedules.items()}

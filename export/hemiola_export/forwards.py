@@ -202,8 +202,9 @@ class StepForward(NamedModule):
                     scores.append(score)
                 written[f"next_{cache_name(branch, index)}"] = out
                 x = x + block.gated(branch, out, vectors)
-        if scores:
-            written["next_scores"] = torch.stack(scores)  # (S, B, N)
+        if self.config.selector is not None:
+            none = x.new_zeros((0, x.shape[0] // self.config.rows_per_image, x.shape[1]))
+            written["next_scores"] = torch.stack(scores) if scores else none  # (S, B, N)
             written["next_staleness"] = torch.zeros_like(written["next_scores"])
         return x, written
 

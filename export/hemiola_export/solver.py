@@ -215,9 +215,10 @@ def _combination(sources: Matrix, targets: Matrix) -> tuple[Matrix, float]:
     weights = np.zeros((len(targets), len(sources)))
     solved, *_ = np.linalg.lstsq(sources[chosen].T, targets.T, rcond=None)
     weights[:, chosen] = solved.T
-    weights[np.abs(weights) < 1e-14 * np.abs(weights).max(initial=0.0)] = 0.0
-    error = np.abs(weights @ sources - targets).max() / max(1.0, float(np.abs(targets).max()))
-    return weights, float(error)
+    error = float(np.abs(weights @ sources - targets).max()) / max(1.0, float(np.abs(targets).max()))
+    # What is smaller than the scheduler's own rounding is rounding, and would keep a row of history alive.
+    weights[np.abs(weights) <= max(1e-14, error) * np.abs(weights).max(initial=0.0)] = 0.0
+    return weights, error
 
 
 def _with_live_rows_only(matrices: list[Matrix]) -> list[Matrix]:

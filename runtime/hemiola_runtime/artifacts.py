@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -89,7 +90,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
     Otherwise it is removed, and what stood at `path` before stands there still.
     """
-    path = path.absolute()
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a folder would replace this file; give another --out", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

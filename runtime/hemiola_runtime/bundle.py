@@ -81,7 +81,7 @@ def open_bundle(folder: Path) -> Bundle:
     files: dict[str, bytes] = {}
     weights: NDArray[np.uint8] | None = None
     for name, expected in manifest.files.items():
-        path = (root / name).resolve()
+        path = _resolved(root / name, name)
         if not path.is_relative_to(root):
             raise IntegrityError(f"{name} of the bundle {folder} is a link that leaves it, to {path}")
         data = _map(path, name) if name.endswith(WEIGHTS_FILE) else _read(path, name)
@@ -102,6 +102,13 @@ def open_bundle(folder: Path) -> Bundle:
     if weights is None:
         raise BundleError(f"the manifest of {folder} names no weight file. Build it again with `hemiola build`")
     return Bundle(root, manifest, files, weights)
+
+
+def _resolved(path: Path, name: str) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise IntegrityError(f"{name} of the bundle cannot be followed: {error}") from error
 
 
 def _read(path: Path, name: str) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def decode(kind: Any, data: Any, where: str) -> Any:
         return tuple(decode(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, data, strict=True)))
     if origin is dict:
         _expect(isinstance(data, dict), "an object", data, where)
-        return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+        return {_text(key, where): decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = {choice.value: choice for choice in kind}
         _expect(isinstance(data, str) and data in choices, f"one of {', '.join(map(repr, choices))}", data, where)
@@ -103,13 +103,22 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
         _expect(data is None, "null", data, where)
         return None
     if kind is float:
-        is_number = isinstance(data, int | float) and not isinstance(data, bool) and math.isfinite(data)
-        _expect(is_number, "a finite number", data, where)
+        is_number = isinstance(data, int | float) and not isinstance(data, bool)
+        _expect(is_number and abs(data) <= sys.float_info.max, "a finite number", data, where)
         return float(data)
     names: dict[Any, str] = {str: "a string", int: "an integer", bool: "true or false"}
     assert kind in names, f"no codec for {kind}"
     _expect(type(data) is kind, names[kind], data, where)
-    return data
+    return _text(data, where) if kind is str else data
+
+
+def _text(text: str, where: str) -> str:
+    """Refuse half a surrogate pair, which JSON can spell and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text!r} is not valid text") from error
+    return text
 
 
 def _expect(holds: bool, what: str, data: Any, where: str) -> None:
@@ -134,11 +143,13 @@ def parse(kind: type[T], text: str | bytes, where: str) -> T:
 
     try:
         data = json.loads(text, parse_constant=refuse, object_pairs_hook=_without_duplicates(where))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        result: T = decode(kind, data, where)
     except RecursionError as error:
         raise ValueError(f"{where}: nested too deeply") from error
-    result: T = decode(kind, data, where)
+    except ValueError as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
     return result
 
 

@@ -26,6 +26,8 @@ UNCACHED: Final = "full"  # name of the schedule that computes everything at eve
 
 STEP_TABLE: Final = "TR"  # first side of a table that conditioning writes: T steps of R rows each
 
+SYMBOLS: Final = ("B", "R", "K", "T", STEP_TABLE)
+
 T = TypeVar("T")
 
 DType = Literal["float32", "int64"]
@@ -45,6 +47,11 @@ class TensorSpec:
     name: str
     dtype: DType
     shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        for side in self.shape:
+            if (side not in SYMBOLS) if isinstance(side, str) else side < 0:
+                raise ValueError(f"{side!r} is no side of a shape; symbols are {', '.join(SYMBOLS)}")
 
     def resolve(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape with every symbol replaced by its number."""
@@ -123,6 +130,10 @@ class Pipeline:
     labels: dict[str, str]
     image_shape: tuple[int, int, int]
 
+    def __post_init__(self) -> None:
+        if list(self.labels) != [str(label) for label in range(len(self.labels))] or not self.labels:
+            raise ValueError("labels are numbered from 0, one after the other")
+
     @property
     def rows_per_image(self) -> int:
         """2 under classifier-free guidance, else 1."""
@@ -197,6 +208,11 @@ class GraphSet:
     solvers: dict[str, str]
     made_by: MadeBy
 
+    def __post_init__(self) -> None:
+        named = [graph.file for graph in self.graphs.values()]
+        for path in (*named, *self.schedules.values(), *self.solvers.values()):
+            _check_path(path)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
@@ -264,6 +280,8 @@ class Manifest:
         for path in (*named, *self.schedules.values(), *self.solvers.values()):
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but has no digest in `files`")
+        if missing := {UNCACHED, "conditioning"} - set(self.engines):
+            raise ValueError(f"there is no engine {', '.join(sorted(missing))}")
         if UNCACHED not in self.schedules:
             raise ValueError(f"there is no schedule `{UNCACHED}`")
         if self.max_batch_size < 1:
@@ -291,7 +309,7 @@ class Manifest:
 
 def _check_path(path: str) -> None:
     parts = PurePosixPath(path)
-    is_inside = path and not parts.is_absolute() and ".." not in parts.parts and "\\" not in path
+    is_inside = parts.parts and not parts.is_absolute() and ".." not in parts.parts and "\\" not in path
     if not is_inside or str(parts) != path or "\0" in path:
         raise ValueError(f"the path {path!r} leaves the bundle")
 

@@ -75,41 +75,58 @@ def request_from_arguments(
 def _label_numbers(labels: Sequence[int | str], known: dict[str, str]) -> list[int]:
     if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | np.ndarray):
         raise RequestError(f"labels is a list with one label per image, not {labels!r}")
-    by_name = {name.strip(): int(label) for label, names in known.items() for name in names.split(",")}
     numbers = []
     for label in labels:
         if isinstance(label, str):
-            if label not in by_name:
-                raise RequestError(f"unknown label {label!r}; `hemiola inspect` of the bundle lists them")
-            numbers.append(by_name[label])
-        elif isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < len(known):
+            numbers.append(_label_number(label, known))
+        elif _is_whole(label) and 0 <= label < len(known):
             numbers.append(int(label))
         else:
             raise RequestError(f"label {label!r} is out of range: this model knows 0 to {len(known) - 1}")
     return numbers
 
 
+def _label_number(name: str, known: dict[str, str]) -> int:
+    """Find a class by all of its name or by one of the synonyms that commas separate, as in `tench, Tinca tinca`."""
+    meant = [label for label, names in known.items() if name == names]
+    meant = meant or [label for label, names in known.items() if name in map(str.strip, names.split(","))]
+    if not meant:
+        raise RequestError(f"unknown label {name!r}; `hemiola inspect` of the bundle lists them")
+    if len(meant) > 1:
+        raise RequestError(f"label {name!r} is the name of {len(meant)} classes: {', '.join(meant)}. Give the number")
+    return int(meant[0])
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _seeds(seeds: int | Sequence[int], batch_size: int) -> tuple[int, ...]:
-    if isinstance(seeds, int | np.integer):
-        drawn: tuple[Any, ...] = tuple(int(seeds) + i for i in range(batch_size))
+    if isinstance(seeds, Sequence | np.ndarray) and not isinstance(seeds, str | bytes):
+        drawn: tuple[Any, ...] = tuple(seeds)
+    elif _is_whole(seeds):
+        drawn = tuple(int(seeds) + i for i in range(batch_size))
     else:
-        drawn = tuple(seeds)
+        raise RequestError(f"seeds is a whole number, or one per image, not {seeds!r}")
     if len(drawn) != batch_size:
         raise RequestError(f"{len(drawn)} seeds for {batch_size} images; give one per image, or one number")
     for seed in drawn:
-        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
             raise RequestError(f"seed {seed!r} is not a whole number from 0 to 2^64 - 1")
     return tuple(int(seed) for seed in drawn)
 
 
 def _guidance(scale: float | Sequence[float], batch_size: int) -> NDArray[np.float32]:
     try:
-        values = np.asarray(scale, dtype=np.float32)
-    except (TypeError, ValueError) as error:
+        values = np.asarray(scale)
+        if values.dtype.kind not in "iuf":
+            raise TypeError(f"{values.dtype} is no kind of real number")
+        is_finite = bool((np.abs(values) <= np.finfo(np.float32).max).all())
+    except (TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"guidance_scale is a number, or one per image, not {scale!r}") from error
-    if values.shape not in ((), (batch_size,)) or not np.isfinite(values).all():
+    if values.shape not in ((), (batch_size,)) or not is_finite:
         raise RequestError(f"guidance_scale {scale!r} is neither one finite number nor {batch_size}, one per image")
-    return np.broadcast_to(values, (batch_size,)).copy()
+    return np.broadcast_to(values.astype(np.float32), (batch_size,)).copy()
 
 
 def _latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:

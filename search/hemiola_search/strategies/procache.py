@@ -6,6 +6,8 @@ whole, and the relative L2 error of the final latents against the uncached run n
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from hemiola_search.problem import Candidate, Problem, Score, Scored
 from hemiola_search.rhythms import (
     Constraints,
@@ -33,7 +35,7 @@ def search(problem: Problem, score: Score) -> list[Scored]:
         score(
             Candidate(
                 "procache",
-                "-".join(map(str, segments)),
+                _name(segments),
                 problem.scheduler.num_inference_steps,
                 steps_from_segments(segments),
             )
@@ -46,3 +48,8 @@ def search(problem: Problem, score: Score) -> list[Scored]:
     best = plain[0].candidate
     steps = with_selective_steps(best.steps, problem.selective_step)
     return [score(Candidate("procache", f"{best.name} selective", best.num_steps, steps)), *plain]
+
+
+def _name(segments: tuple[int, ...]) -> str:
+    """Name a rhythm by its segment lengths and how many stand in a row, as in `4×6 3×4 2×7`."""
+    return " ".join(f"{length}×{len(list(run))}" for length, run in groupby(segments))

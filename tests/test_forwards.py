@@ -1,0 +1,451 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+import torch
+from torch import Tensor
+
+from hemiola_export.errors import ExportError
+from hemiola_export.families import Family, open_transformer
+from hemiola_export.families.seams import GAIN, GATE, SHIFT, vector_name
+from hemiola_export.forwards import FORWARDS, Conditioning, Deep, ForwardConfig, Full, Reuse, StepForward, Tokens
+from hemiola_export.named_module import NamedModule, Tensors
+from hemiola_runtime.manifest import Pipeline, TensorSpec
+from hemiola_runtime.schedule import Forward, ModelIdentity, TokenSelector
+from models import NUM_CLASSES, NUM_TOKENS, tiny_dit
+from strategies import graph_specs
+
+BATCH: Final = 2
+NUM_BLOCKS: Final = 4
+TIMESTEPS: Final = (700.0, 650.0, 40.0)
+LABELS: Final = (3, 7)
+RELATIVE: Final = 1e-5  # of float32, where the same sums are made in another order
+DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
+
+SELECTOR: Final = TokenSelector("value_norm", staleness_weight=0.25, spatial_bonus=0.4, spatial_size=2, seed=0)
+SCORES: Final = ["attention", "value_norm", "output_norm", "random"]
+FAMILY: Final = open_transformer(tiny_dit())
+GUIDED: Final = ForwardConfig(is_guided=True, state_rows=1, deep_start=2, selector=SELECTOR)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).norm() / expected.norm())
+
+
+def step_tables(family: Family, config: ForwardConfig) -> list[Tensors]:
+    """Compute what conditioning leaves for each of TIMESTEPS, (R, 1, D) each."""
+    given = {"labels": torch.tensor(LABELS), "timesteps": torch.tensor(TIMESTEPS)}
+    tables = Conditioning(family, config)(given)
+    return [
+        {name: table.unflatten(0, (len(TIMESTEPS), -1))[i][:, None] for name, table in tables.items()}
+        for i in range(len(TIMESTEPS))
+    ]
+
+
+def given_tensors(family: Family, config: ForwardConfig, *, step: int = 0, seed: int = 0) -> Tensors:
+    """Make all that a first step reads. The solver is set to give the model output itself as the next sample."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = config.state_rows
+    coefficients = torch.zeros(rows, rows + 1)
+    coefficients[0, -1] = 1
+    return {
+        "state": torch.randn((rows, BATCH, *family.latent_shape), generator=generator),
+        "coefficients": coefficients,
+        "input_scale": torch.tensor(1.0),
+        "guidance": torch.tensor([1.5, 4.0]),
+    } | step_tables(family, config)[step]
+
+
+def run(module: NamedModule, tensors: Tensors) -> Tensors:
+    with torch.inference_mode():
+        written: Tensors = module({spec.name: tensors[spec.name] for spec in module.inputs})
+    return written
+
+
+def after(tensors: Tensors, written: Tensors) -> Tensors:
+    """Return the tensors with every `next_x` in the place of `x`, but for the state: the next step draws its own."""
+    new = {name.removeprefix("next_"): tensor for name, tensor in written.items()}
+    return tensors | {name: tensor for name, tensor in new.items() if name != "state"}
+
+
+def stale_tensors(family: Family, config: ForwardConfig) -> Tensors:
+    """Make what a later step reads: another sample at another timestep, and the caches that `full` left at step 0."""
+    first = given_tensors(family, config, step=0, seed=0)
+    later = given_tensors(family, config, step=2, seed=1)
+    return after(first, run(Full(family, config), first)) | later
+
+
+def with_slots(tensors: Tensors, count: int) -> Tensors:
+    return tensors | {"token_slots": torch.arange(count)}
+
+
+def vectors_of(block: int, tensors: Tensors) -> Tensors:
+    names = [vector_name(branch, kind) for branch in ("attention", "mlp") for kind in (SHIFT, GAIN, GATE)]
+    return {name: tensors[f"{name}.{block}"] for name in names}
+
+
+def by_hand(family: Family, config: ForwardConfig, tensors: Tensors, chosen: Tensor | None) -> Tensors:
+    """Compute `tokens` as its definition reads: every deep MLP on every token, then the rows that were not chosen old.
+
+    Args:
+        family: the model.
+        config: of the forwards.
+        tensors: with stale caches.
+        chosen: (S, B, N) bool, which tokens of which deep block are computed; None for all.
+    """
+    assert config.deep_start is not None
+    deep = list(range(config.deep_start, NUM_BLOCKS))
+    x = family.embed(tensors["state"][0] * tensors["input_scale"])
+    x = torch.cat([x, x]) if config.is_guided else x
+    written = {}
+    for i in range(NUM_BLOCKS):
+        block, vectors = family.block(i), vectors_of(i, tensors)
+        x = x + vectors["attention_gate"] * tensors[f"attention_cache.{i}"]
+        out = tensors[f"mlp_cache.{i}"]
+        if i in deep:
+            fresh = block.branch("mlp", x, vectors)
+            if chosen is None:
+                out = fresh
+            else:
+                mask = torch.cat([chosen[deep.index(i)]] * config.rows_per_image)[..., None]  # (R, N, 1)
+                out = torch.where(mask, fresh, out)
+            written[f"next_mlp_cache.{i}"] = out
+        x = x + vectors["mlp_gate"] * out
+    output = family.head(x, tensors)
+    if config.is_guided:
+        cond, uncond = output.chunk(2)
+        output = uncond + tensors["guidance"].reshape(-1, 1, 1, 1) * (cond - uncond)
+    return written | {"next_state": output[None]}
+
+
+def assert_alike(found: Tensors, expected: Tensors) -> None:
+    worst = {name: relative(found[name], tensor) for name, tensor in expected.items()}
+    assert {name: error for name, error in worst.items() if not error < RELATIVE} == {}
+
+
+# what `full` is against diffusers
+
+MODELS: Final[dict[str, dict[str, Any]]] = {
+    "learned sigma": {},
+    "no learned sigma": {"has_learned_sigma": False},
+    "pixels": {"channels": 1, "has_learned_sigma": False},
+    "one patch a pixel": {"patch_size": 1, "sample_size": 4},
+    "large patches": {"patch_size": 4},
+    "exact gelu": {"activation_fn": "gelu"},
+    "no attention bias": {"has_attention_bias": False},
+    "one wide head": {"num_heads": 1, "head_width": 16, "num_blocks": 1},
+}
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_full_is_the_model_of_diffusers(options: dict[str, Any], is_guided: bool) -> None:
+    transformer = tiny_dit(**options)
+    family = open_transformer(transformer)
+    tensors = given_tensors(family, ForwardConfig(is_guided, state_rows=1), step=1)
+    found = run(Full(family, ForwardConfig(is_guided, state_rows=1)), tensors)["next_state"][0]
+    # as diffusers' DiTPipeline: conditional rows first, the null class behind the last, variances thrown away
+    sample, labels = tensors["state"][0], torch.tensor(LABELS)
+    if is_guided:
+        sample, labels = torch.cat([sample, sample]), torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
+    timesteps = torch.full((len(sample),), TIMESTEPS[1])
+    with torch.inference_mode():
+        output = transformer(sample, timestep=timesteps, class_labels=labels).sample[:, : family.latent_shape[0]]
+    if is_guided:
+        cond, uncond = output.chunk(2)
+        output = uncond + tensors["guidance"].reshape(-1, 1, 1, 1) * (cond - uncond)
+    assert relative(found, output) < RELATIVE
+
+
+def test_the_caches_are_what_diffusers_modules_give_before_their_gates() -> None:
+    transformer = tiny_dit()
+    seen: Tensors = {}
+    for i, block in enumerate(transformer.transformer_blocks):
+        for branch, module in (("attention", block.attn1), ("mlp", block.ff)):
+            name = f"next_{branch}_cache.{i}"
+            module.register_forward_hook(lambda _module, _args, out, name=name: seen.update({name: out}))
+    config = ForwardConfig(is_guided=False, state_rows=1)
+    tensors = given_tensors(FAMILY, config)
+    with torch.inference_mode():
+        timesteps = torch.full((BATCH,), TIMESTEPS[0])
+        transformer(tensors["state"][0], timestep=timesteps, class_labels=torch.tensor(LABELS))
+    written = run(Full(FAMILY, config), tensors)
+    assert set(seen) == set(written) - {"next_state"}
+    assert_alike(written, seen)
+
+
+def test_guidance_of_1_is_the_conditional_model() -> None:
+    tensors = given_tensors(FAMILY, GUIDED) | {"guidance": torch.ones(BATCH)}
+    unguided = replace(GUIDED, is_guided=False)
+    expected = run(Full(FAMILY, unguided), given_tensors(FAMILY, unguided))["next_state"]
+    assert relative(run(Full(FAMILY, GUIDED), tensors)["next_state"], expected) < RELATIVE
+
+
+@pytest.mark.parametrize("forward", [Full, Deep, Tokens, Reuse])
+def test_the_solver_update_is_the_matrix_times_state_and_model_output(forward: type[StepForward]) -> None:
+    config = replace(GUIDED, state_rows=3)
+    tensors = with_slots(stale_tensors(FAMILY, config), 5)
+    output = run(forward(FAMILY, config), tensors)["next_state"][0]  # `given_tensors` asks for the output itself
+    matrix = torch.randn((3, 4), generator=torch.Generator().manual_seed(2))
+    expected = torch.einsum("ij,jbchw->ibchw", matrix, torch.cat([tensors["state"], output[None]]))
+    found = run(forward(FAMILY, config), tensors | {"coefficients": matrix})["next_state"]
+    assert relative(found, expected) < RELATIVE
+
+
+@pytest.mark.parametrize("forward", [Full, Deep, Tokens, Reuse])
+def test_the_sample_is_scaled_before_it_enters_the_model(forward: type[StepForward]) -> None:
+    tensors = with_slots(stale_tensors(FAMILY, GUIDED), 5)
+    module = forward(FAMILY, GUIDED)
+    scaled = run(module, tensors | {"input_scale": torch.tensor(0.25)})["next_state"]
+    assert relative(scaled, run(module, tensors | {"state": 0.25 * tensors["state"]})["next_state"]) < RELATIVE
+    assert relative(scaled, run(module, tensors)["next_state"]) > 1e-3
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+def test_conditioning_for_all_steps_is_that_of_each_step(is_guided: bool) -> None:
+    config = ForwardConfig(is_guided, state_rows=1)
+    labels = torch.tensor(LABELS)
+    for i, alone in enumerate(TIMESTEPS):
+        tables = Conditioning(FAMILY, config)({"labels": labels, "timesteps": torch.tensor([alone])})
+        assert_alike({name: table[:, 0] for name, table in step_tables(FAMILY, config)[i].items()}, tables)
+
+
+def test_conditioning_differs_between_steps_and_labels() -> None:
+    tables = step_tables(FAMILY, ForwardConfig(is_guided=False, state_rows=1))
+    assert relative(tables[0]["mlp_gate.0"], tables[2]["mlp_gate.0"]) > 1e-2
+    assert relative(tables[0]["mlp_gate.0"][0], tables[0]["mlp_gate.0"][1]) > 1e-2
+
+
+# what the forwards are against each other
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+def test_reuse_right_after_full_at_the_same_step_is_full(is_guided: bool) -> None:
+    config = ForwardConfig(is_guided, state_rows=1)
+    tensors = given_tensors(FAMILY, config)
+    full = run(Full(FAMILY, config), tensors)
+    reuse = run(Reuse(FAMILY, config), after(tensors, full))
+    assert relative(reuse["next_state"], full["next_state"]) < RELATIVE
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+def test_deep_from_block_0_is_full(is_guided: bool) -> None:
+    config = ForwardConfig(is_guided, state_rows=1, deep_start=0, selector=SELECTOR)
+    tensors = given_tensors(FAMILY, config)
+    full, deep = run(Full(FAMILY, config), tensors), run(Deep(FAMILY, config), tensors)
+    assert full.keys() == deep.keys()
+    assert all(torch.equal(full[name], deep[name]) for name in full)
+
+
+@pytest.mark.parametrize("deep_start", range(NUM_BLOCKS + 1))
+def test_deep_right_after_full_at_the_same_step_is_full(deep_start: int) -> None:
+    config = replace(GUIDED, deep_start=deep_start, selector=None)
+    tensors = given_tensors(FAMILY, config)
+    full = run(Full(FAMILY, config), tensors)
+    deep = run(Deep(FAMILY, config), after(tensors, full))
+    assert_alike(deep, {name: full[name] for name in deep})
+
+
+@pytest.mark.parametrize("deep_start", range(NUM_BLOCKS + 1))
+def test_deep_takes_shallow_blocks_from_the_cache_and_computes_the_others(deep_start: int) -> None:
+    config = replace(GUIDED, deep_start=deep_start, selector=None)
+    tensors = stale_tensors(FAMILY, config)
+    x = FAMILY.embed(tensors["state"][0])
+    x = torch.cat([x, x])
+    for i in range(NUM_BLOCKS):
+        block, vectors = FAMILY.block(i), vectors_of(i, tensors)
+        is_deep = i >= deep_start
+        out = block.attend(*block.queries_keys_values(x, vectors)) if is_deep else tensors[f"attention_cache.{i}"]
+        x = x + vectors["attention_gate"] * out
+        x = x + vectors["mlp_gate"] * (block.branch("mlp", x, vectors) if is_deep else tensors[f"mlp_cache.{i}"])
+    cond, uncond = FAMILY.head(x, tensors).chunk(2)
+    expected = uncond + tensors["guidance"].reshape(-1, 1, 1, 1) * (cond - uncond)
+    assert relative(run(Deep(FAMILY, config), tensors)["next_state"][0], expected) < RELATIVE
+
+
+def test_deep_from_behind_the_last_block_is_reuse() -> None:
+    config = replace(GUIDED, deep_start=NUM_BLOCKS, selector=None)
+    tensors = stale_tensors(FAMILY, config)
+    deep, reuse = run(Deep(FAMILY, config), tensors), run(Reuse(FAMILY, config), tensors)
+    assert deep.keys() == reuse.keys() == {"next_state"}
+    assert torch.equal(deep["next_state"], reuse["next_state"])
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize("deep_start", range(NUM_BLOCKS))
+def test_tokens_of_all_tokens_computes_the_deep_mlps_anew_on_cached_attention(deep_start: int, is_guided: bool) -> None:
+    config = replace(GUIDED, is_guided=is_guided, deep_start=deep_start)
+    tensors = stale_tensors(FAMILY, config)
+    found = run(Tokens(FAMILY, config), with_slots(tensors, NUM_TOKENS))
+    expected = by_hand(FAMILY, config, tensors, None)
+    assert_alike(found, expected)
+    assert found.keys() == expected.keys() | {"next_staleness"}
+    assert not found["next_staleness"].any()
+
+
+@pytest.mark.parametrize("deep_start", range(NUM_BLOCKS))
+@pytest.mark.parametrize("count", [1, 5, NUM_TOKENS - 1])
+def test_tokens_computes_the_chosen_tokens_and_keeps_the_others(deep_start: int, count: int) -> None:
+    config = replace(GUIDED, deep_start=deep_start, selector=replace(SELECTOR, spatial_bonus=0.0))
+    tensors = stale_tensors(FAMILY, config)
+    generator = torch.Generator().manual_seed(3)
+    tensors["staleness"] = torch.randint(0, 9, tensors["staleness"].shape, generator=generator).float()
+    found = run(Tokens(FAMILY, config), with_slots(tensors, count))
+    ranks = tensors["scores"] + 0.25 * tensors["staleness"]
+    least = ranks.sort(dim=-1, descending=True).values[..., count - 1 : count]
+    chosen = ranks >= least
+    assert (chosen.sum(dim=-1) == count).all()  # no ties
+    assert_alike(found, by_hand(FAMILY, config, tensors, chosen))
+    expected = torch.where(chosen, torch.zeros(()), tensors["staleness"] + 1)
+    assert torch.equal(found["next_staleness"], expected)
+
+
+@pytest.mark.parametrize("deep_start", range(NUM_BLOCKS))
+def test_tokens_of_no_token_is_reuse(deep_start: int) -> None:
+    config = replace(GUIDED, deep_start=deep_start)
+    tensors = stale_tensors(FAMILY, config)
+    none = run(Tokens(FAMILY, config), with_slots(tensors, 0))
+    assert torch.equal(none["next_state"], run(Reuse(FAMILY, config), tensors)["next_state"])
+    assert all(torch.equal(none[f"next_mlp_cache.{i}"], tensors[f"mlp_cache.{i}"]) for i in range(deep_start, 4))
+    assert torch.equal(none["next_staleness"], tensors["staleness"] + 1)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_both_halves_of_a_guided_pair_choose_the_same_tokens(score: Any) -> None:
+    config = replace(GUIDED, selector=replace(SELECTOR, score=score))
+    tensors = stale_tensors(FAMILY, config)
+    found = run(Tokens(FAMILY, config), with_slots(tensors, 5))
+    for i in (2, 3):
+        changed = (found[f"next_mlp_cache.{i}"] != tensors[f"mlp_cache.{i}"]).any(dim=-1)  # (R, N)
+        assert changed.sum(dim=-1).tolist() == [5] * 2 * BATCH
+        assert torch.equal(changed[:BATCH], changed[BATCH:])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("forward", [Full, Deep])
+def test_scores_are_taken_where_attention_is_computed_and_staleness_begins_anew(
+    forward: type[StepForward], score: Any
+) -> None:
+    config = replace(GUIDED, selector=replace(SELECTOR, score=score))
+    tensors = stale_tensors(FAMILY, config) | {"staleness": torch.full((2, BATCH, NUM_TOKENS), 3.0)}
+    written = run(forward(FAMILY, config), tensors)
+    assert written["next_scores"].shape == (2, BATCH, NUM_TOKENS)
+    assert (written["next_scores"] >= 0).all()
+    assert not written["next_staleness"].any()
+
+
+@pytest.mark.parametrize("score", ["attention", "value_norm", "output_norm"])
+def test_taking_scores_does_not_change_what_full_computes(score: Any) -> None:
+    scored = replace(GUIDED, deep_start=0, selector=replace(SELECTOR, score=score))
+    tensors = given_tensors(FAMILY, scored)
+    expected = run(Full(FAMILY, replace(scored, selector=None)), tensors)
+    assert_alike(run(Full(FAMILY, scored), tensors), expected)
+
+
+def test_squares_that_do_not_tile_the_token_grid_are_refused() -> None:
+    with pytest.raises(ExportError, match="spatial_size 3 does not divide the token grid 4×4"):
+        Full(FAMILY, replace(GUIDED, selector=replace(SELECTOR, spatial_size=3)))
+
+
+# what the forwards declare
+
+
+class Recording(dict[str, Tensor]):
+    """A dictionary that remembers which of its entries were read."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+CONFIGS: Final = {
+    "plain": ForwardConfig(is_guided=False, state_rows=1),
+    "guided": ForwardConfig(is_guided=True, state_rows=2),
+    "deep from 0": ForwardConfig(is_guided=True, state_rows=1, deep_start=0),
+    "deep from 4": ForwardConfig(is_guided=False, state_rows=1, deep_start=4),
+    "tokens from 0": ForwardConfig(is_guided=False, state_rows=1, deep_start=0, selector=SELECTOR),
+    "tokens from 3": ForwardConfig(is_guided=True, state_rows=3, deep_start=3, selector=SELECTOR),
+    "by attention": replace(GUIDED, selector=replace(SELECTOR, score="attention")),
+    "at random": replace(GUIDED, selector=replace(SELECTOR, score="random")),
+}
+FORWARDS_OF_CONFIGS: Final = [
+    (name, forward)
+    for name, config in CONFIGS.items()
+    for forward in (Full, Deep, Tokens, Reuse)
+    if (forward is not Deep or config.deep_start is not None) and (forward is not Tokens or config.selector is not None)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    FORWARDS_OF_CONFIGS,
+    ids=[f"{kind.__name__}, {name}" for name, kind in FORWARDS_OF_CONFIGS],
+)
+def test_a_forward_reads_and_writes_exactly_what_it_declares(name: str, forward: type[StepForward]) -> None:
+    config = CONFIGS[name]
+    tensors = with_slots(stale_tensors(FAMILY, config), 3)
+    module = forward(FAMILY, config)
+    symbols = {"B": BATCH, "R": BATCH * config.rows_per_image, "K": 3}
+    given = Recording({spec.name: tensors[spec.name] for spec in module.inputs})
+    with torch.inference_mode():
+        written = module(given)
+    read = given.read - ({"token_slots"} if forward is Tokens else set())
+    assert read == {spec.name for spec in module.inputs} - {"token_slots"}
+    assert list(given) == [spec.name for spec in module.inputs]  # no name twice
+    assert written.keys() == {spec.name for spec in module.outputs}
+    _assert_shapes(module.inputs, given, symbols)
+    _assert_shapes(module.outputs, written, symbols)
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+def test_conditioning_reads_and_writes_exactly_what_it_declares(is_guided: bool) -> None:
+    module = Conditioning(FAMILY, ForwardConfig(is_guided, state_rows=1))
+    given = Recording({"labels": torch.tensor(LABELS), "timesteps": torch.tensor(TIMESTEPS)})
+    written = module(given)
+    rows = BATCH * (2 if is_guided else 1)
+    symbols = {"B": BATCH, "T": len(TIMESTEPS), "TR": len(TIMESTEPS) * rows}
+    assert given.read == {spec.name for spec in module.inputs}
+    assert list(written) == [spec.name for spec in module.outputs]
+    _assert_shapes(module.inputs, given, symbols)
+    _assert_shapes(module.outputs, written, symbols)
+
+
+def _assert_shapes(specs: tuple[TensorSpec, ...], tensors: Tensors, symbols: dict[str, int]) -> None:
+    found = {spec.name: (tuple(tensors[spec.name].shape), tensors[spec.name].dtype) for spec in specs}
+    assert found == {spec.name: (spec.resolve(symbols), DTYPES[spec.dtype]) for spec in specs}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_graphs_of_the_strategies_are_those_of_the_modules(name: str) -> None:
+    config = CONFIGS[name]
+    pipeline = Pipeline(
+        model=ModelIdentity("dit", "tiny", "00" * 32, FAMILY.latent_shape),
+        guidance="classifier_free" if config.is_guided else "none",
+        num_blocks=NUM_BLOCKS,
+        width=FAMILY.width,
+        num_tokens=FAMILY.num_tokens,
+        branches=FAMILY.branches,
+        state_rows=config.state_rows,
+        deep_start=config.deep_start,
+        selector=config.selector,
+        labels={"0": "zero"},
+        image_shape=(16, 16, 3),
+    )
+    graphs = graph_specs(pipeline, has_decoder=False)
+    modules: dict[str, NamedModule] = {"conditioning": Conditioning(FAMILY, config)}
+    modules |= {kind.value: FORWARDS[kind](FAMILY, config) for kind in Forward if kind.value in graphs}
+    assert graphs.keys() == modules.keys()
+    for kind, module in modules.items():
+        assert graphs[kind].inputs == module.inputs
+        assert graphs[kind].outputs == module.outputs
+
+
+def test_every_forward_of_the_schedules_has_a_module() -> None:
+    assert set(FORWARDS) == set(Forward)

@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemiola_runtime.artifacts import MadeBy
+from hemiola_runtime.codec import encode
+from hemiola_runtime.errors import BundleError, ScheduleError
+from hemiola_runtime.manifest import (
+    GRAPHS_FILE,
+    MANIFEST_FILE,
+    BackendSpec,
+    EngineSpec,
+    FileSpec,
+    GraphSet,
+    GraphSpec,
+    Manifest,
+    Pipeline,
+    TensorSpec,
+    WeightSpec,
+    read_graph_set,
+    read_manifest,
+    write_graph_set,
+    write_manifest,
+)
+from hemiola_runtime.schedule import DEEP, FULL, REUSE, Schedule, TokenSelector, read_schedule, tokens
+from strategies import examples, json_values, manifests, mutated
+
+GOLDEN: Final = Path(__file__).parent / "golden"
+SCHEDULE: Final = read_schedule(GOLDEN / "schedule.json")  # FCSFCDFF from block 3, for the model `digits`
+ALL_FORWARDS: Final = {"full", "deep", "tokens", "reuse"}
+MADE_BY: Final = MadeBy("hemiola build", {"hemiola": "0.1.0"}, None)
+
+PIPELINE: Final = Pipeline(
+    model=SCHEDULE.model,
+    guidance="classifier_free",
+    num_blocks=4,
+    width=32,
+    num_tokens=16,
+    branches=("attention", "mlp"),
+    state_rows=1,
+    deep_start=3,
+    selector=SCHEDULE.selector,
+    labels={"0": "zero", "1": "one"},
+    image_shape=(16, 16, 3),
+)
+
+GRAPH: Final = GraphSpec(
+    name="full",
+    file="engines/full.onnx",
+    sha256="ab" * 32,
+    inputs=(TensorSpec("state", "float32", (1, "B", 4, 8, 8)), TensorSpec("input_scale", "float32", ())),
+    outputs=(TensorSpec("next_state", "float32", (1, "B", 4, 8, 8)),),
+    weights=(WeightSpec("blocks.0.weight", "float32", (32, 32), 256),),
+    activation_bytes_per_row=4096,
+)
+
+MANIFEST: Final = Manifest(
+    schema=1,
+    backend=BackendSpec("onnxruntime", "1.23.0"),
+    pipeline=PIPELINE,
+    precision="fp32",
+    max_batch_size=8,
+    engines={
+        "conditioning": EngineSpec(replace(GRAPH, name="conditioning"), "ef" * 32),
+        "full": EngineSpec(GRAPH, "cd" * 32),
+    },
+    schedules={"full": "schedules/full.json"},
+    solvers={SCHEDULE.scheduler.digest: "solvers/DDIM-8.json"},
+    files={
+        "engines/full.onnx": FileSpec("ab" * 32, 1000),
+        "engines/weights.bin": FileSpec("01" * 32, 4352),
+        "schedules/full.json": FileSpec("23" * 32, 10),
+        "solvers/DDIM-8.json": FileSpec("45" * 32, 20),
+    },
+    parity={"full": 1e-6},
+    made_by=MADE_BY,
+)
+
+GRAPH_SET: Final = GraphSet(
+    schema=1,
+    pipeline=PIPELINE,
+    precision="fp32",
+    graphs={"full": replace(GRAPH, file="full.onnx")},
+    weights_sha256="01" * 32,
+    schedules=MANIFEST.schedules,
+    solvers=MANIFEST.solvers,
+    made_by=MADE_BY,
+)
+
+
+def written(data: Any, folder: Path, name: str = MANIFEST_FILE) -> Path:
+    (folder / name).write_text(json.dumps(data))
+    return folder
+
+
+@examples(15)
+@given(manifest=manifests())
+def test_a_written_manifest_reads_back_equal(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("bundle")
+    write_manifest(manifest, folder)
+    assert read_manifest(folder) == manifest
+
+
+def test_a_written_graph_set_reads_back_equal(tmp_path: Path) -> None:
+    write_graph_set(GRAPH_SET, tmp_path)
+    assert read_graph_set(tmp_path) == GRAPH_SET
+
+
+def test_the_golden_manifest_keeps_loading() -> None:
+    assert read_manifest(GOLDEN) == MANIFEST
+
+
+def test_the_golden_graph_set_keeps_loading() -> None:
+    assert read_graph_set(GOLDEN) == GRAPH_SET
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "mend"),
+    [
+        (read_manifest, MANIFEST_FILE, "`hemiola build` writes bundles"),
+        (read_graph_set, GRAPHS_FILE, "`hemiola export` writes such folders"),
+    ],
+)
+def test_a_folder_without_its_description_is_refused_with_the_command_that_makes_one(
+    read: Callable[[Path], object], name: str, mend: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError) as caught:
+        read(tmp_path)
+    assert f"{name}: No such file or directory" in str(caught.value)
+    assert mend in str(caught.value)
+
+
+REFUSED: list[tuple[list[str | int], Any, str]] = [
+    (["schema"], 0, "manifest.json.schema: expected one of 1, found 0"),
+    (["surprise"], 1, "manifest.json: unknown key 'surprise'"),
+    (["pipeline", "surprise"], 1, "manifest.json.pipeline: unknown key 'surprise'"),
+    (["precision"], "int8", "manifest.json.precision: expected one of 'fp32', found \"int8\""),
+    (["max_batch_size"], 0, "manifest.json: max_batch_size is 1 or more, not 0"),
+    (["max_batch_size"], 1.5, "manifest.json.max_batch_size: expected an integer, found 1.5"),
+    (["backend", "version"], 1, "manifest.json.backend.version: expected a string, found 1"),
+    (["pipeline", "guidance"], "some", "manifest.json.pipeline.guidance: expected one of 'classifier_free', 'none'"),
+    (["pipeline", "labels", "0"], 0, "manifest.json.pipeline.labels.0: expected a string, found 0"),
+    (["pipeline", "image_shape"], [16, 16], "manifest.json.pipeline.image_shape: expected a list of 3"),
+    (["pipeline", "selector", "score"], "luck", "manifest.json.pipeline.selector.score: expected one of"),
+    (["engines", "full", "graph", "inputs", 0, "dtype"], "bf16", "engines.full.graph.inputs[0].dtype: expected one of"),
+    (["engines", "full", "graph", "inputs", 0, "shape", 1], 1.5, "engines.full.graph.inputs[0].shape[1]: expected"),
+    (["engines", "full", "graph", "weights", 0, "offset"], "0", "engines.full.graph.weights[0].offset: expected an i"),
+    (["engines", "full", "graph", "file"], "full.onnx", "'full.onnx' is used but has no digest in `files`"),
+    (["schedules", "fast"], "schedules/fast.json", "'schedules/fast.json' is used but has no digest in `files`"),
+    (["solvers", "00"], "solvers/other.json", "'solvers/other.json' is used but has no digest in `files`"),
+    (["schedules"], {}, "there is no schedule `full`"),
+    (["files", "engines/weights.bin"], None, "manifest.json.files.engines/weights.bin: expected an object"),
+    (["parity", "full"], "good", "manifest.json.parity.full: expected a finite number"),
+]
+
+
+def _changed(path: list[str | int], value: Any) -> Any:
+    data: Any = json.loads(json.dumps(encode(MANIFEST)))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFUSED, ids=[message[:70] for *_, message in REFUSED])
+def test_an_invalid_manifest_is_refused_with_the_place(
+    path: list[str | int], value: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError) as caught:
+        read_manifest(written(_changed(path, value), tmp_path))
+    assert message in str(caught.value)
+    assert "`hemiola build` writes bundles" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../weights.bin",
+        "..",
+        "engines/../../weights.bin",
+        "engines/../weights.bin",
+        "/etc/passwd",
+        "",
+        "./weights.bin",
+        "engines//weights.bin",
+        "engines/",
+        "engines\\weights.bin",
+        "..\\weights.bin",
+        "weights\0.bin",
+    ],
+)
+def test_a_path_that_leaves_the_bundle_is_refused(path: str, tmp_path: Path) -> None:
+    data = _changed(["files", path], {"sha256": "00" * 32, "num_bytes": 0})
+    with pytest.raises(BundleError, match=r"the path .* leaves the bundle"):
+        read_manifest(written(data, tmp_path))
+
+
+@pytest.mark.parametrize("path", ["a", "a/b/c.bin", "..a", "a..b/c", "a b"])
+def test_a_path_within_the_bundle_is_taken(path: str, tmp_path: Path) -> None:
+    data = _changed(["files", path], {"sha256": "00" * 32, "num_bytes": 0})
+    assert path in read_manifest(written(data, tmp_path)).files
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"max_batch_size": 8', '"max_batch_size": 8, "max_batch_size": 9', "a key stands twice"),
+        ("1e-06", "NaN", "NaN is not a number that JSON knows"),
+        ('"schema"', "schema", "not valid JSON"),
+    ],
+)
+def test_text_that_is_not_strict_json_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    text = json.dumps(encode(MANIFEST))
+    assert old in text
+    (tmp_path / MANIFEST_FILE).write_text(text.replace(old, new))
+    with pytest.raises(BundleError, match=message):
+        read_manifest(tmp_path)
+
+
+def _read_or_refuse(folder: Path) -> Manifest | None:
+    """Read a manifest; the one exception that may escape becomes None."""
+    try:
+        return read_manifest(folder)
+    except BundleError:
+        return None
+
+
+@examples(50)
+@given(data=json_values())
+def test_arbitrary_json_is_refused_as_a_bundle_error(data: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert _read_or_refuse(written(data, tmp_path_factory.mktemp("bundle"))) is None
+
+
+@examples(50)
+@given(content=st.binary(max_size=40))
+def test_arbitrary_bytes_are_refused_as_a_bundle_error(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / MANIFEST_FILE).write_bytes(content)
+    assert _read_or_refuse(folder) is None
+
+
+@examples(150)
+@given(data=mutated(encode(MANIFEST)))
+def test_a_mutated_manifest_is_read_as_it_is_or_refused_as_a_bundle_error(
+    data: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    manifest = _read_or_refuse(written(data, tmp_path_factory.mktemp("bundle")))
+    assert manifest is None or encode(manifest) == data
+
+
+def test_a_shape_is_resolved_by_the_symbols_of_the_pipeline() -> None:
+    symbols = PIPELINE.symbols(batch_size=3, num_evaluations=5, num_selected=4)
+    # two rows per guided image: R = 2 · 3, and a table of T · R = 5 · 6 rows
+    assert symbols == {"B": 3, "R": 6, "K": 4, "T": 5, "TR": 30}
+    spec = TensorSpec("x", "float32", ("B", "R", "K", "T", "TR", 7))
+    assert spec.resolve(symbols) == (3, 6, 4, 5, 30, 7)
+    assert spec.num_bytes(symbols) == 4 * 3 * 6 * 4 * 5 * 30 * 7
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [("classifier_free", 2), ("none", 1)])
+def test_a_guided_image_is_two_rows(guidance: Any, rows: int) -> None:
+    pipeline = replace(PIPELINE, guidance=guidance)
+    assert pipeline.rows_per_image == rows
+    assert pipeline.symbols(batch_size=3, num_evaluations=5)["R"] == 3 * rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_bytes"),
+    [
+        (TensorSpec("scalar", "float32", ()), 4),
+        (TensorSpec("labels", "int64", ("B",)), 8 * 3),
+        (TensorSpec("empty", "float32", (0, "B")), 0),
+    ],
+)
+def test_the_size_of_a_tensor_follows_from_its_dtype(spec: TensorSpec, num_bytes: int) -> None:
+    assert spec.num_bytes({"B": 3}) == num_bytes
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 24), ("int64", 48)])
+def test_the_size_of_a_weight_follows_from_its_dtype(dtype: Any, num_bytes: int) -> None:
+    assert WeightSpec("w", dtype, (2, 3), 0).num_bytes == num_bytes
+
+
+def test_a_schedule_needs_the_forwards_that_it_runs_and_no_others() -> None:
+    PIPELINE.check_schedule(SCHEDULE, ALL_FORWARDS)
+    PIPELINE.check_schedule(SCHEDULE.uncached(), {"full"})
+    with pytest.raises(ScheduleError, match="runs `deep, reuse, tokens`, but only full were exported"):
+        PIPELINE.check_schedule(SCHEDULE, {"full"})
+
+
+def _of_other_model(**changes: Any) -> Schedule:
+    return replace(SCHEDULE, model=replace(SCHEDULE.model, **changes))
+
+
+MISMATCHED: list[tuple[str, Schedule, Pipeline, set[str], list[str]]] = [
+    (
+        "other weights",
+        _of_other_model(name="letters", weights_sha256="ee" * 32),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["letters (weights eeeeeeeeeeee)", "digits (weights 0f343b093112)", "Search a schedule for this model"],
+    ),
+    (
+        "other family",
+        _of_other_model(family="pixart", name="letters"),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["letters", "here is digits"],
+    ),
+    (
+        "other resolution",
+        _of_other_model(latent_shape=(4, 16, 16)),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["[4, 16, 16]", "[4, 8, 8]", "Search a schedule at this resolution"],
+    ),
+    (
+        "other guidance",
+        replace(SCHEDULE, guidance="none"),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["made with guidance `none`", "here it is `classifier_free`"],
+    ),
+    (
+        "missing forwards",
+        SCHEDULE,
+        PIPELINE,
+        {"full", "reuse"},
+        ["runs `deep, tokens`", "only full, reuse were exported", "Export again"],
+    ),
+    (
+        "other deep_start",
+        replace(SCHEDULE, deep_start=2),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["needs deep_start = 2", "exported with deep_start = 3", "Export again"],
+    ),
+    (
+        "no deep_start",
+        SCHEDULE,
+        replace(PIPELINE, deep_start=None),
+        ALL_FORWARDS,
+        ["needs deep_start = 3", "exported with deep_start = None"],
+    ),
+    (
+        "other selector",
+        replace(SCHEDULE, selector=TokenSelector("random", 0.0, 0.0, 1, 5)),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["score='random'", "score='value_norm'", "Export again"],
+    ),
+    (
+        "no selector",
+        SCHEDULE,
+        replace(PIPELINE, selector=None),
+        ALL_FORWARDS,
+        ["score='value_norm'", "selector = None"],
+    ),
+    (
+        "too many tokens",
+        replace(SCHEDULE, steps=(FULL, REUSE, tokens(17), FULL, REUSE, DEEP, FULL, FULL)),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["step 2 recomputes 17 tokens", "an image has 16"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pipeline", "forwards", "parts"),
+    [case[1:] for case in MISMATCHED],
+    ids=[case[0] for case in MISMATCHED],
+)
+def test_a_schedule_made_for_something_else_is_refused_with_both_sides(
+    schedule: Schedule, pipeline: Pipeline, forwards: set[str], parts: list[str]
+) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        pipeline.check_schedule(schedule, forwards)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_model_may_go_by_another_name() -> None:
+    renamed = replace(PIPELINE, model=replace(PIPELINE.model, name="the same weights elsewhere"))
+    assert renamed.model != SCHEDULE.model
+    renamed.check_schedule(SCHEDULE, ALL_FORWARDS)
+
+
+def test_all_tokens_of_an_image_can_be_recomputed() -> None:
+    steps = (FULL, REUSE, tokens(16), FULL, REUSE, DEEP, FULL, FULL)
+    PIPELINE.check_schedule(replace(SCHEDULE, steps=steps), ALL_FORWARDS)
+    with pytest.raises(ScheduleError, match="an image has 15"):
+        replace(PIPELINE, num_tokens=15).check_schedule(replace(SCHEDULE, steps=steps), ALL_FORWARDS)
+
+
+def test_the_forwards_are_the_engines_that_run_a_step() -> None:
+    engines = dict.fromkeys(("conditioning", "full", "reuse", "vae_decoder"), MANIFEST.engines["full"])
+    assert replace(MANIFEST, engines=engines).forwards == {"full", "reuse"}
+
+
+def test_the_solver_table_is_found_by_the_digest_of_the_scheduler() -> None:
+    assert MANIFEST.solver_file(SCHEDULE.scheduler) == "solvers/DDIM-8.json"
+
+
+def test_a_scheduler_without_a_solver_table_is_refused_with_both_sides() -> None:
+    other = replace(SCHEDULE.scheduler, num_inference_steps=9)
+    with pytest.raises(ScheduleError) as caught:
+        MANIFEST.solver_file(other)
+    assert "DDIM-9" in str(caught.value)
+    assert "it has solvers/DDIM-8.json" in str(caught.value)
+    assert "Export again" in str(caught.value)
