@@ -6,12 +6,14 @@ Exit codes: 0 done; 1 a fault, told in one message without a traceback unless --
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from types import FrameType
 from typing import Final, NoReturn
@@ -36,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    signal.signal(signal.SIGTERM, _interrupt)
     command = importlib.import_module(f"hemiola.commands.{options.command}")
     try:
-        code: int = command.run(options)
-        return code
+        with _termination_as_interrupt():
+            code: int = command.run(options)
+            return code
     except HemiolaError as error:
         return _fault(str(error), options.verbose)
     except KeyboardInterrupt:
@@ -93,5 +95,18 @@ def _in_words(error: OSError) -> str:
     return f"{error.strerror or error}{where}"
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Take a request to terminate like Ctrl-C; only the main thread is told of either."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,16 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from hemiola_runtime.artifacts import MadeBy, in_words, replacing_folder, sha256_of, write_bytes, write_text
+from hemiola_runtime.artifacts import (
+    MadeBy,
+    in_words,
+    replacing_folder,
+    sha256_of,
+    write_bytes,
+    write_text,
+    write_together,
+)
+from hemiola_runtime.errors import HemiolaError
 
 
 def _full_disk(*_: object) -> NoReturn:
@@ -52,7 +61,7 @@ def test_a_written_file_can_be_read_by_everyone(tmp_path: Path) -> None:
 
 
 def _write_and_raise(path: Path, error: type[BaseException]) -> NoReturn:
-    with replacing_folder(path) as folder:
+    with replacing_folder(path, "file.txt") as folder:
         (folder / "file.txt").write_text("new")
         raise error
 
@@ -100,7 +109,7 @@ def test_a_file_that_cannot_take_its_place_leaves_no_temporary(tmp_path: Path) -
 
 def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "above" / "bundle"
-    with replacing_folder(path) as folder:
+    with replacing_folder(path, "file.txt") as folder:
         (folder / "file.txt").write_text("new")
         assert not path.exists()
     assert _contents(path) == {"file.txt": "new"}
@@ -110,10 +119,10 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "bundle"
-    with replacing_folder(path) as folder:
+    with replacing_folder(path, "both.txt") as folder:
         (folder / "old.txt").write_text("old")
         (folder / "both.txt").write_text("old")
-    with replacing_folder(path) as folder:
+    with replacing_folder(path, "both.txt") as folder:
         (folder / "both.txt").write_text("new")
         assert _contents(path) == {"old.txt": "old", "both.txt": "old"}  # until the block ends
     assert _contents(path) == {"both.txt": "new"}
@@ -123,7 +132,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_a_relative_folder_stays_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with replacing_folder(Path("bundle")) as folder:
+    with replacing_folder(Path("bundle"), "file.txt") as folder:
         monkeypatch.chdir(tmp_path / "elsewhere")
         (folder / "file.txt").write_text("new")
     assert _contents(tmp_path / "bundle") == {"file.txt": "new"}
@@ -145,12 +154,51 @@ def test_an_exception_in_the_block_leaves_the_old_folder_and_nothing_else(
     assert not is_there or _contents(path) == {"file.txt": "old"}
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_not_ours_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "precious"
+    if kind == "file":
+        path.write_text("thesis")
+    else:
+        path.mkdir()
+        (path / "thesis.txt").write_text("thesis")
+    with pytest.raises(HemiolaError, match="Give another --out"), replacing_folder(path, "manifest.json"):
+        pass
+    assert (path if kind == "file" else path / "thesis.txt").read_text() == "thesis"
+    assert _names(tmp_path) == ["precious"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with replacing_folder(tmp_path / "bundle", "file.txt") as folder:
+        (folder / "file.txt").write_text("new")
+    assert _contents(tmp_path / "bundle") == {"file.txt": "new"}
+
+
+def test_of_files_that_belong_together_none_is_replaced_before_all_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    write_together({first: b"old", second: b"old"})
+    calls = []
+
+    def full_at_the_second(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        write_together({first: b"new", second: b"new"})
+    assert _contents(tmp_path) == {"a.txt": "old", "b.txt": "old"}
+
+
 def test_a_full_disk_leaves_the_old_folder_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bundle"
     path.mkdir()
     (path / "file.txt").write_text("old")
     monkeypatch.setattr(os, "fsync", _full_disk)
-    with pytest.raises(OSError, match="No space left"), replacing_folder(path) as folder:
+    with pytest.raises(OSError, match="No space left"), replacing_folder(path, "file.txt") as folder:
         write_text("new", folder / "file.txt")
     assert _contents(path) == {"file.txt": "old"}
     assert _names(tmp_path) == ["bundle"]
@@ -170,7 +218,7 @@ def test_a_new_folder_that_cannot_take_its_place_brings_the_old_one_back(
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse_the_new)
-    with pytest.raises(PermissionError, match="not now"), replacing_folder(path) as folder:
+    with pytest.raises(PermissionError, match="not now"), replacing_folder(path, "file.txt") as folder:
         (folder / "file.txt").write_text("new")
     assert _contents(path) == {"file.txt": "old"}
     assert _names(tmp_path) == ["bundle"]

@@ -15,7 +15,7 @@ from hemiola_export.export import export_pipeline
 from hemiola_export.model import Model, load_model, make_scheduler, scheduler_from_identity
 from hemiola_runtime.errors import ScheduleError
 from hemiola_runtime.manifest import WEIGHTS_FILE, read_graph_set
-from models import save_tiny_model
+from models import save_tiny_model, tiny_dit
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,10 @@ def test_the_token_count_is_in_no_graph(latent: Made) -> None:
     assert top.input[1] not in constants
 
 
-def test_an_export_is_the_same_byte_for_byte(small: Model, tmp_path: Path) -> None:
-    schedule = schedule_from_rhythm(small, small.scheduler, "FCS")
+def test_an_export_is_the_same_byte_for_byte(tmp_path: Path) -> None:
+    transformer = tiny_dit(num_blocks=1, channels=1, has_learned_sigma=False)
+    small = load_model(str(save_tiny_model(tmp_path / "model", has_vae=False, transformer=transformer)))
+    schedule = schedule_from_rhythm(small, small.scheduler, "FCF")
     for name in ("first", "second"):
         export_pipeline(small, {"short": schedule}, tmp_path / name)
     files = [path.name for path in (tmp_path / "first").iterdir() if path.suffix in (".onnx", ".bin")]
@@ -95,6 +97,14 @@ def test_schedules_that_cannot_share_a_bundle_are_refused(small: Model, tmp_path
     other = replace(one, selector=replace(SELECTOR, score="random"))
     with pytest.raises(ExportError, match="selector is"):
         export_pipeline(small, {"one": one, "two": other}, tmp_path / "graphs")
+
+
+@pytest.mark.parametrize("name", ["full", "../evil", "a/b", "", ".hidden"])
+def test_a_name_that_is_taken_or_none_is_refused(small: Model, tmp_path: Path, name: str) -> None:
+    schedule = schedule_from_rhythm(small, small.scheduler, "FCF")
+    with pytest.raises(ExportError, match=r"name of the uncached schedule|is no name for a schedule"):
+        export_pipeline(small, {name: schedule}, tmp_path / "graphs")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_deep_start_behind_the_last_block_is_refused(small: Model, tmp_path: Path) -> None:

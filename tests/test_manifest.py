@@ -206,8 +206,8 @@ def test_a_path_that_leaves_the_bundle_is_refused(path: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("path", ["a", "a/b/c.bin", "..a", "a..b/c", "a b"])
 def test_a_path_within_the_bundle_is_taken(path: str, tmp_path: Path) -> None:
-    data = _changed(["files", path], {"sha256": "00" * 32, "num_bytes": 0})
-    assert path in read_manifest(written(data, tmp_path)).files
+    write_manifest(replace(MANIFEST, files={**MANIFEST.files, path: FileSpec("00" * 32, 0)}), tmp_path)
+    assert path in read_manifest(tmp_path).files
 
 
 @pytest.mark.parametrize(
@@ -419,3 +419,15 @@ def test_a_scheduler_without_a_solver_table_is_refused_with_both_sides() -> None
     assert "DDIM-9" in str(caught.value)
     assert "it has solvers/DDIM-8.json" in str(caught.value)
     assert "Export again" in str(caught.value)
+
+
+def test_no_bit_of_a_manifest_can_change_unnoticed(tmp_path: Path) -> None:
+    write_manifest(MANIFEST, tmp_path)
+    data = (tmp_path / MANIFEST_FILE).read_bytes()
+    for place in range(0, len(data), 7):
+        (tmp_path / MANIFEST_FILE).write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        try:
+            manifest = read_manifest(tmp_path)
+        except BundleError:
+            continue
+        assert manifest == MANIFEST  # a space that became another

@@ -68,7 +68,7 @@ def step_launches(program: Program) -> list[Launch]:
 MODEL: Final = ModelIdentity("dit", "tiny", "00" * 32, (4, 8, 8))
 SELECTOR: Final = TokenSelector("value_norm", 0.25, 0.0, 1, 0)
 PIPELINE: Final = Pipeline(
-    MODEL, "classifier_free", 4, 32, 16, ("attention", "mlp"), 2, 2, SELECTOR, {}, image_shape=(16, 16, 3)
+    MODEL, "classifier_free", 4, 32, 16, ("attention", "mlp"), 2, 2, SELECTOR, {"0": "zero"}, image_shape=(16, 16, 3)
 )
 STEPS: Final = (FULL, REUSE, tokens(4), DEEP, tokens(7), tokens(4))
 SCHEDULER: Final = SchedulerIdentity("DDIMScheduler", {}, 6, (900.0, 750.0, 600.0, 450.0, 300.0, 150.0))

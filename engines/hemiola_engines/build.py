@@ -17,6 +17,7 @@ from hemiola_engines.parity import check_parity
 from hemiola_runtime.artifacts import MadeBy, replacing_folder, sha256_of
 from hemiola_runtime.errors import BundleError
 from hemiola_runtime.manifest import (
+    MANIFEST_FILE,
     REFERENCE_FILE,
     WEIGHTS_FILE,
     BackendSpec,
@@ -62,7 +63,7 @@ def build_bundle(
     builder = BUILDERS[backend]
     version: str = builder.version()
     existing = _existing_engines(out)
-    with replacing_folder(out) as folder:
+    with replacing_folder(out, MANIFEST_FILE) as folder:
         (folder / ENGINES_FOLDER).mkdir()
         progress("weights")
         _copy_weights(graphs, graph_set, folder)
@@ -127,7 +128,9 @@ def _copy_weights(graphs: Path, graph_set: GraphSet, folder: Path) -> None:
 
 def _copy_data(graphs: Path, graph_set: GraphSet, folder: Path) -> None:
     for file in (*graph_set.schedules.values(), *graph_set.solvers.values(), REFERENCE_FILE):
-        (folder / file).parent.mkdir(exist_ok=True)
+        if not (graphs / file).is_file():
+            raise BuildError(f"{graphs / file} is missing. Export again with `hemiola export`")
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(graphs / file, folder / file)
 
 

@@ -40,6 +40,8 @@ def build_engine(graph: GraphSpec, source: Path, target: Path) -> None:
     Raises:
         BuildError: the file is not the one that was exported.
     """
-    if sha256_of(source.read_bytes()) != graph.sha256:
-        raise BuildError(f"{source} was changed since it was exported. Export again with `hemiola export`")
+    if not source.exists() or sha256_of(source.read_bytes()) != graph.sha256:
+        raise BuildError(
+            f"{source} is missing, or was changed since it was exported. Export again with `hemiola export`"
+        )
     shutil.copyfile(source, target)

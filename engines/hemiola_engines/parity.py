@@ -7,6 +7,7 @@ comparison needs neither PyTorch nor the model.
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Final
 
@@ -31,8 +32,13 @@ def check_parity(bundle: Path) -> dict[str, float]:
     Raises:
         BuildError: one is beyond its bound.
     """
-    with np.load(io.BytesIO(open_bundle(bundle).files[REFERENCE_FILE]), allow_pickle=False) as file:
-        reference = dict(file)
+    try:
+        with np.load(io.BytesIO(open_bundle(bundle).files[REFERENCE_FILE]), allow_pickle=False) as file:
+            reference = dict(file)
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise BuildError(
+            f"the reference images cannot be read ({error}). Export again with `hemiola export`"
+        ) from error
     found = {}
     with Sampler.open(bundle) as sampler:
         guidance = None if sampler.manifest.pipeline.guidance == "none" else reference["guidance"].tolist()

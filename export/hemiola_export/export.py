@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,6 +21,7 @@ from hemiola_export.solver import measure_solver
 from hemiola_export.trajectory import Requests, Trajectory
 from hemiola_runtime.artifacts import MadeBy, replacing_folder
 from hemiola_runtime.manifest import (
+    GRAPHS_FILE,
     REFERENCE_FILE,
     UNCACHED,
     WEIGHTS_FILE,
@@ -55,6 +57,7 @@ def export_pipeline(
         ExportError: the schedules do not go together, or one of them cannot be exported.
         ScheduleError: one of them was made for another model.
     """
+    _check_names(schedules)
     schedules = {**schedules, UNCACHED: next(iter(schedules.values())).uncached()}
     tables = _solver_tables(schedules.values())
     pipeline = _pipeline(model, schedules, max(table.state_rows for table in tables.values()))
@@ -62,7 +65,7 @@ def export_pipeline(
     for schedule in schedules.values():
         pipeline.check_schedule(schedule, {forward.value for forward in forwards})
     padded = {digest: table.padded(pipeline.state_rows) for digest, table in tables.items()}
-    with replacing_folder(out) as folder, torch.inference_mode():
+    with replacing_folder(out, GRAPHS_FILE) as folder, torch.inference_mode():
         graphs, weights_sha256 = _write_graphs(model, pipeline, forwards, folder, progress)
         _write_reference(model, schedules, tables, folder / REFERENCE_FILE, progress)
         graph_set = GraphSet(
@@ -78,6 +81,14 @@ def export_pipeline(
         write_graph_set(graph_set, folder)
     logger.info("wrote %s: %s", out, ", ".join(graphs))
     return graph_set
+
+
+def _check_names(schedules: Mapping[str, Schedule]) -> None:
+    for name in schedules:
+        if name == UNCACHED:
+            raise ExportError(f"`{UNCACHED}` is the name of the uncached schedule; give this one another")
+        if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            raise ExportError(f"{name!r} is no name for a schedule: letters, digits, _, - and . make one")
 
 
 def _solver_tables(schedules: Iterable[Schedule]) -> dict[str, SolverTable]:

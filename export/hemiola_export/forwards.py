@@ -295,17 +295,25 @@ class Tokens(StepForward):
         chosen = ranks.topk(tensors["token_slots"].shape[0], dim=-1).indices  # (S, B, K)
         written = {"next_staleness": (staleness + 1).scatter(-1, chosen, 0.0)}
         x = self._add_cached(self._begin(tensors), self._shallow, tensors)
-        rows = torch.arange(x.shape[0], device=x.device)[:, None]  # (R, 1)
+        places = self._places(chosen)  # (S, R·K)
         for index in self._deep:
             block, vectors = self.family.block(index), self._vectors(index, tensors)
-            places = (rows, torch.cat([chosen[index - self.deep_start]] * self.config.rows_per_image))  # (R, K)
+            here = places[index - self.deep_start]  # (R·K,)
             for branch in block.branches:
                 out = tensors[cache_name(branch, index)]
                 if branch != ATTENTION:
-                    out = out.index_put(places, block.branch(branch, x[places], vectors))  # (R, N, D)
+                    rows = x.flatten(0, 1).index_select(0, here).unflatten(0, (x.shape[0], -1))  # (R, K, D)
+                    fresh = block.branch(branch, rows, vectors).flatten(0, 1)  # (R·K, D)
+                    out = out.flatten(0, 1).index_put((here,), fresh).unflatten(0, x.shape[:2])  # (R, N, D)
                     written[f"next_{cache_name(branch, index)}"] = out
                 x = x + block.gated(branch, out, vectors)
         return self._finish(x, tensors) | written
+
+    def _places(self, chosen: Tensor) -> Tensor:
+        """Turn the chosen tokens (S, B, K) into places among all rows' tokens laid end to end, (S, R·K)."""
+        by_row = torch.cat([chosen] * self.config.rows_per_image, dim=1)  # (S, R, K)
+        first = self.family.num_tokens * torch.arange(by_row.shape[1], device=chosen.device)
+        return (by_row + first[:, None]).flatten(1)
 
 
 FORWARDS: Final[dict[Forward, type[StepForward]]] = {

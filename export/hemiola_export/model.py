@@ -65,7 +65,7 @@ def load_model(source: str) -> Model:
     """
     folder = _folder(source)
     index = _read_json(folder / "model_index.json", "a diffusers folder has one")
-    class_name = _read_json(folder / "transformer" / "config.json", "the model has no transformer")["_class_name"]
+    class_name = _read_json(folder / "transformer" / "config.json", "the model has no transformer").get("_class_name")
     if class_name not in FAMILIES:
         raise ExportError(f"{source} holds a {class_name}; Hemiola opens {', '.join(FAMILIES)}")
     transformer = getattr(diffusers, class_name).from_pretrained(
@@ -124,13 +124,17 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _labels(index: dict[str, Any], num_classes: int) -> dict[str, str]:
-    known = index.get("id2label") or {}
+    known = index.get("id2label")
+    known = known if isinstance(known, dict) else {}
     return {str(label): str(known.get(str(label), label)) for label in range(num_classes)}
 
 
 def _scheduler_from_folder(folder: Path) -> Any:
     config = _read_json(folder / "scheduler_config.json", "a diffusers folder names its scheduler")
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    class_name = str(config.get("_class_name"))
+    if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
+        raise ExportError(f"{folder} names the scheduler {class_name}, which diffusers {diffusers.__version__} lacks")
+    return getattr(diffusers, class_name).from_config(config)
 
 
 def make_scheduler(model: Model, name: str | None, options: dict[str, Any]) -> Any:
@@ -154,10 +158,16 @@ def make_scheduler(model: Model, name: str | None, options: dict[str, Any]) -> A
     if not class_name.endswith("Scheduler") or not hasattr(diffusers, class_name):
         raise ExportError(f"unknown scheduler {name!r}; known are {', '.join(SCHEDULERS)} and diffusers' class names")
     scheduler_class = getattr(diffusers, class_name)
-    known = scheduler_class().config
-    if unknown := sorted(set(options) - set(known)):
-        raise ExportError(f"{class_name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return scheduler_class.from_config(model.scheduler.config, **(preset | options))
+    try:
+        known = sorted(key for key in scheduler_class().config if not key.startswith("_"))
+        if unknown := sorted(set(options) - set(known)):
+            raise ExportError(f"{class_name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+        return scheduler_class.from_config(model.scheduler.config, **(preset | options))
+    except ExportError:
+        raise
+    except Exception as error:  # a diffusers class raises whatever its arithmetic meets
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExportError(f"{class_name} cannot be made with {preset | options or 'its defaults'}: {reason}") from error
 
 
 def scheduler_from_identity(identity: SchedulerIdentity) -> Any:

@@ -40,6 +40,8 @@ def scheduler_identity(scheduler: Any, num_inference_steps: int) -> SchedulerIde
     Raises:
         UnsupportedSolverError: the scheduler refuses this number of steps.
     """
+    if num_inference_steps < 1:
+        raise UnsupportedSolverError(f"{num_inference_steps} denoising steps; a sampler makes 1 or more")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

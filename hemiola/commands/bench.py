@@ -8,14 +8,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from hemiola.arguments import check_output_file, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder from `hemiola build`")
-    parser.add_argument("--batch-size", type=int, default=1, help="images in one request")
+    parser.add_argument("--batch-size", type=positive, default=1, help="images in one request")
     parser.add_argument("--against", default="full", help="schedule that speed-ups refer to")
-    parser.add_argument("--repeats", type=int, default=10, help="requests of each schedule that count")
-    parser.add_argument("--threads", type=int, help="CPU threads of one engine")
+    parser.add_argument("--repeats", type=positive, default=10, help="requests of each schedule that count")
+    parser.add_argument("--threads", type=positive, help="CPU threads of one engine")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write everything that was measured")
 
 
@@ -27,8 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from hemiola_runtime.errors import RequestError
     from hemiola_runtime.sampler import Sampler
 
-    if options.repeats < 1:
-        raise RequestError(f"--repeats is 1 or more, not {options.repeats}")
+    check_output_file(options.out)
     with Sampler.open(options.bundle, num_threads=options.threads) as sampler:
         if options.against not in sampler.schedules:
             raise RequestError(f"the bundle has no schedule {options.against!r}; it has {', '.join(sampler.schedules)}")

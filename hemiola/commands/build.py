@@ -9,13 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from hemiola.arguments import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("graphs", type=Path, metavar="GRAPHS", help="folder from `hemiola export`")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the bundle, replaced as a whole")
     parser.add_argument("--backend", choices=("onnxruntime",), default="onnxruntime", help="what runs the engines")
-    parser.add_argument("--max-batch-size", type=int, default=8, help="largest number of images in one request")
+    parser.add_argument("--max-batch-size", type=positive, default=8, help="largest number of images in one request")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -35,9 +35,10 @@ def run(options: argparse.Namespace) -> int:
 
     schedules: dict[str, Schedule] = {}
     for argument in options.schedule:
-        name, separator, file = argument.rpartition("=")
-        schedule = read_schedule(Path(file))
-        name = name if separator else schedule.found_by.strategy
+        name, separator, file = argument.partition("=")
+        is_named = bool(separator) and not Path(argument).is_file()
+        schedule = read_schedule(Path(file if is_named else argument))
+        name = name if is_named else schedule.found_by.strategy
         if name in schedules:
             raise RequestError(f"two schedules are called {name!r}; name them, as --schedule {name}-2={file}")
         schedules[name] = schedule

@@ -11,15 +11,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from hemiola.arguments import check_output_file, positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder from `hemiola build`")
     parser.add_argument("--search", type=Path, required=True, metavar="FILE", help="search.json of `hemiola search`")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
-    parser.add_argument("--images", type=int, default=10, help="images side by side")
-    parser.add_argument("--batch-size", type=int, default=4, help="of the measurement")
-    parser.add_argument("--repeats", type=int, default=10, help="requests of each schedule that count")
+    parser.add_argument("--images", type=positive, default=10, help="images side by side")
+    parser.add_argument("--batch-size", type=positive, default=4, help="of the measurement")
+    parser.add_argument("--repeats", type=positive, default=10, help="requests of each schedule that count")
     parser.add_argument("--seed", type=int, default=0, help="of the images")
 
 
@@ -29,13 +31,14 @@ def run(options: argparse.Namespace) -> int:
 
     from hemiola.pictures import as_png, grid_of, row_of
     from hemiola.progress import Bar
-    from hemiola_runtime.artifacts import write_bytes, write_text
+    from hemiola_runtime.artifacts import write_together
     from hemiola_runtime.bench import Machine, measure
     from hemiola_runtime.manifest import UNCACHED
     from hemiola_runtime.sampler import Sampler
     from hemiola_search.record import read_record
     from hemiola_search.report import ReportInput, difference_image, render_report
 
+    check_output_file(options.out, ".html")
     record = read_record(options.search)
     with Sampler.open(options.bundle) as sampler:
         manifest, schedules = sampler.manifest, sampler.schedules
@@ -84,7 +87,6 @@ def run(options: argparse.Namespace) -> int:
         )
         found = sampler.default_schedule
     grid = options.out.with_suffix(".png")
-    write_bytes(as_png(grid_of([images[UNCACHED], images[found]])), grid)
     numbers = {
         "machine": asdict(machine),
         "backend": asdict(manifest.backend),
@@ -93,8 +95,13 @@ def run(options: argparse.Namespace) -> int:
         "measured": {name: asdict(row) for name, row in measured.items()},
         "search": asdict(record),
     }
-    write_text(json.dumps(numbers, indent=1) + "\n", options.out.with_suffix(".json"))
-    write_text(page, options.out)
+    write_together(
+        {
+            grid: as_png(grid_of([images[UNCACHED], images[found]])),
+            options.out.with_suffix(".json"): (json.dumps(numbers, indent=1) + "\n").encode(),
+            options.out: page.encode(),
+        }
+    )
     sys.stdout.write(f"{found} is {measured[found].speedup:.2f}× faster than uncached\n")
     sys.stdout.write(f"wrote {options.out}, {options.out.with_suffix('.json').name} and {grid.name}\n")
     return 0

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hemiola.arguments import check_output_file, positive
 from hemiola_runtime.errors import RequestError
 
 
@@ -23,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler-option", action="append", default=[], metavar="KEY=VALUE", help="as use_karras_sigmas=True"
     )
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps T")
+    parser.add_argument("--steps", type=positive, default=50, help="denoising steps T")
     parser.add_argument("--strategy", default="procache", help="procache, uniform or fewer_steps")
-    parser.add_argument("--budget", type=int, default=17, help="full steps among the T")
+    parser.add_argument("--budget", type=positive, default=17, help="full steps among the T")
     parser.add_argument("--v-min", type=int, default=1, help="fewest cached steps after a full one (ProCache)")
     parser.add_argument("--v-max", type=int, help="most; default is the mean segment, rounded up")
     parser.add_argument(
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spatial-bonus", type=float, default=0.6, help="extra for the best token of each square")
     parser.add_argument("--spatial-size", type=int, default=2, help="side of these squares in tokens")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the trajectories; 0 for no guidance")
-    parser.add_argument("--images", type=int, default=20, help="images that candidates are scored on")
+    parser.add_argument("--images", type=positive, default=20, help="images that candidates are scored on")
     parser.add_argument("--held-out", type=int, default=60, help="other images, for the figures of the result")
     parser.add_argument("--judge", type=Path, help="folder of a judge; default is MODEL/judge where it exists")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,22 +54,27 @@ def run(options: argparse.Namespace) -> int:
     """Search."""
     from hemiola.progress import Bar
     from hemiola_export.model import load_model, make_scheduler
-    from hemiola_runtime.schedule import TokenSelector, write_schedule
+    from hemiola_runtime.artifacts import write_together
+    from hemiola_runtime.codec import as_json
+    from hemiola_runtime.schedule import TokenSelector
     from hemiola_search.judge import Judge
     from hemiola_search.problem import SearchOptions
-    from hemiola_search.record import write_record
     from hemiola_search.search import find_schedule, problem_for
     from hemiola_search.strategies import STRATEGIES
 
+    check_output_file(options.out)
     if options.strategy not in STRATEGIES:
         raise RequestError(f"unknown strategy {options.strategy!r}; known are {', '.join(STRATEGIES)}")
     with Bar("search", unit="step") as bar:
         bar.stage("loading")
         model = load_model(options.model)
         scheduler = make_scheduler(model, options.scheduler, _options(options.scheduler_option))
-        selector = TokenSelector(
-            options.selector, options.staleness_weight, options.spatial_bonus, options.spatial_size, options.seed
-        )
+        try:
+            selector = TokenSelector(
+                options.selector, options.staleness_weight, options.spatial_bonus, options.spatial_size, options.seed
+            )
+        except ValueError as error:
+            raise RequestError(str(error)) from error
         settings = SearchOptions(
             budget=options.budget,
             v_min=options.v_min,
@@ -92,10 +98,10 @@ def run(options: argparse.Namespace) -> int:
             on_step=bar.advance,
             on_stage=bar.stage,
         )
-    for name, schedule in found.baselines.items():
-        write_schedule(schedule, options.out.parent / "baselines" / f"{name}.json")
-    write_record(found.record, options.out.parent / "search.json")
-    write_schedule(found.schedule, options.out)
+    folder = options.out.parent
+    baselines = {folder / "baselines" / f"{name}.json": schedule for name, schedule in found.baselines.items()}
+    artifacts = {**baselines, folder / "search.json": found.record, options.out: found.schedule}
+    write_together({path: as_json(artifact) for path, artifact in artifacts.items()})
     figures = ", ".join(f"{name} {value:.4g}" for name, value in found.schedule.measured.items())
     sys.stdout.write(f"{found.schedule.rhythm}\n{found.schedule.summary}\n{figures}\nwrote {options.out}\n")
     return 0

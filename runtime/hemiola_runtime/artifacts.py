@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from hemiola_runtime.errors import HemiolaError
 
 Buffer: TypeAlias = Any  # whatever gives its bytes to hashlib: bytes, or an array
 
@@ -39,6 +38,8 @@ class MadeBy:
     @classmethod
     def here(cls, *distributions: str) -> MadeBy:
         """Describe the running process and the versions of the named distributions."""
+        from importlib import metadata  # here, since it takes 20 ms to import and a service never needs it
+
         versions = {"python": ".".join(map(str, sys.version_info[:3]))}
         for name in ("hemiola", *distributions):
             with contextlib.suppress(metadata.PackageNotFoundError):
@@ -48,6 +49,8 @@ class MadeBy:
 
 
 def _git_revision() -> str | None:
+    import subprocess  # as above
+
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
@@ -68,31 +71,51 @@ def write_text(text: str, path: Path) -> None:
 
 def write_bytes(data: bytes, path: Path) -> None:
     """Write a file atomically: a full disk or an interruption leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    write_together({path: data})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: none of them is replaced before all of them are on the disk."""
+    written: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    logger.info("wrote %s (%s)", path, in_words(len(data)))
+        for path, data in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            written[path] = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            written[path].chmod(0o644)
+        for path, temporary in written.items():
+            temporary.replace(path)
+            logger.info("wrote %s (%s)", path, in_words(len(contents[path])))
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, marker: str) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends without an exception.
 
     Otherwise it is removed, and what stood at `path` before stands there still.
+
+    Args:
+        path: where the folder will be.
+        marker: a file that tells folders of this kind; one without it is somebody else's and is not replaced.
+
+    Raises:
+        HemiolaError: something else stands at `path`.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a folder would replace this file; give another --out", str(path))
+        raise HemiolaError(f"{path} is a file, where a folder would be written. Give another --out")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
+        raise HemiolaError(
+            f"{path} holds files that are not Hemiola's (there is no {marker}), and would be replaced as a whole. "
+            "Give another --out, or empty it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from hemiola_runtime.artifacts import write_text
+from hemiola_runtime.artifacts import write_bytes
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 T = TypeVar("T")
@@ -163,6 +163,11 @@ def _without_duplicates(where: str) -> Callable[[list[tuple[str, Any]]], dict[st
     return build
 
 
+def as_json(value: Any) -> bytes:
+    """Write a dataclass as JSON that is easy to read and to compare."""
+    return (json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(value: Any, path: Path) -> None:
-    """Write a dataclass as JSON, atomically, so that it is easy to read and to compare."""
-    write_text(json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
+    """Write a dataclass as JSON, atomically."""
+    write_bytes(as_json(value), path)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal, TypeVar
 
-from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.codec import parse, write_json
-from hemiola_runtime.errors import BundleError, ScheduleError
+from hemiola_runtime.artifacts import MadeBy, sha256_of
+from hemiola_runtime.codec import as_json, parse, write_json
+from hemiola_runtime.errors import BundleError, IntegrityError, ScheduleError
 from hemiola_runtime.schedule import Forward, ModelIdentity, Schedule, SchedulerIdentity, TokenSelector
 
 SCHEMA: Final = 1
@@ -259,6 +259,7 @@ class Manifest:
         files: every file of the bundle but this one, by its path within it.
         parity: relative L2 of the final latents against PyTorch, by schedule, measured when the bundle was built.
         made_by: command and versions.
+        digest: SHA-256 over all of the above; set when the manifest is written, checked when it is read.
     """
 
     schema: Literal[1]
@@ -272,6 +273,7 @@ class Manifest:
     files: dict[str, FileSpec]
     parity: dict[str, float]
     made_by: MadeBy
+    digest: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for path in self.files:
@@ -319,8 +321,19 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         BundleError: there is none, or it is not valid.
+        IntegrityError: it is not the one that was built.
     """
-    return _read(Manifest, folder / MANIFEST_FILE, "`hemiola build` writes bundles")
+    manifest = _read(Manifest, folder / MANIFEST_FILE, "`hemiola build` writes bundles")
+    if manifest.digest != (digest := _digest(manifest)):
+        raise IntegrityError(
+            f"{folder / MANIFEST_FILE} has SHA-256 {digest[:12]}… instead of {manifest.digest[:12]}…: it is not "
+            "the one that was built. Copy the bundle again, or build it again with `hemiola build`"
+        )
+    return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    return sha256_of(as_json(replace(manifest, digest="")))
 
 
 def read_graph_set(folder: Path) -> GraphSet:
@@ -345,7 +358,7 @@ def _read(kind: type[T], path: Path, mend: str) -> T:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write a bundle's manifest atomically."""
-    write_json(manifest, folder / MANIFEST_FILE)
+    write_json(replace(manifest, digest=_digest(manifest)), folder / MANIFEST_FILE)
 
 
 def write_graph_set(graphs: GraphSet, folder: Path) -> None:

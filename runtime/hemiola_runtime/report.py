@@ -19,7 +19,7 @@ class RunReport:
         batch_size: images.
         counts: how often each engine ran.
         engine_ms: milliseconds spent in each engine, all its runs together.
-        wall_ms: milliseconds from the first launch to the last image.
+        wall_ms: milliseconds from writing the request into the workspace to the last image.
     """
 
     schedule: str

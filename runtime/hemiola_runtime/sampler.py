@@ -51,7 +51,7 @@ class Progress:
         step: its index; the first is 0.
         num_steps: of the schedule.
         forward: the engine that ran.
-        elapsed_ms: since the first launch.
+        elapsed_ms: since the request was written into the workspace.
         result: the images, with the last step; None before.
     """
 
@@ -64,10 +64,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A program bound to one workspace."""
+    """A program bound to one workspace, with its constants as arrays."""
 
     program: Program
     launches: tuple[Bound, ...]
+    constants: tuple[NDArray[Any], ...]
 
 
 class _Slot:
@@ -254,12 +255,12 @@ class Sampler:
             bound = tuple(
                 self._engines[launch.engine].bind(launch.tensors, slot.workspace) for launch in program.launches
             )
-            slot.prepared[key] = _Prepared(program, bound)
-        prepared = slot.prepared[key]
-        for constant in prepared.program.constants:  # another program may have used the memory since
-            values = np.array(constant.values, dtype=constant.place.dtype)
-            slot.workspace.write(constant.place, values.reshape(constant.place.shape))
-        return prepared
+            constants = tuple(
+                np.array(constant.values, dtype=constant.place.dtype).reshape(constant.place.shape)
+                for constant in program.constants
+            )
+            slot.prepared[key] = _Prepared(program, bound, constants)
+        return slot.prepared[key]
 
     def _run(self, request: Request, schedule_name: str | None) -> Iterator[Progress]:
         name = self._default if schedule_name is None else schedule_name
@@ -280,12 +281,15 @@ class Sampler:
     def _launch_all(self, request: Request, name: str, workspace: Workspace, prepared: _Prepared) -> Iterator[Progress]:
         program, schedule = prepared.program, self._schedules[name]
         sigma = self._tables[name].init_noise_sigma
+        tally = Tally.empty()
+        start = time.perf_counter()
+        for constant, values in zip(program.constants, prepared.constants, strict=True):
+            workspace.write(constant.place, values)  # another program may have used the memory since
         for tensor, values in request.tensors(sigma, self._manifest.pipeline.state_rows).items():
             if tensor in program.inputs:  # guidance is none of a bundle without it
                 workspace.write(program.inputs[tensor], values)
-        tally = Tally.empty()
         num_steps = len(schedule.steps)
-        start = before = time.perf_counter()
+        before = time.perf_counter()
         held: Progress | None = None  # the last step is told only together with its result
         for launch, bound in zip(program.launches, prepared.launches, strict=True):
             bound.enqueue()

@@ -15,6 +15,7 @@ from hemiola_export.trajectory import Requests, Trajectory
 from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.sampler import latents_to_pixels
 from hemiola_runtime.schedule import FULL
+from hemiola_search.errors import SearchError
 from hemiola_search.judge import Judge
 from hemiola_search.problem import Candidate, Problem, Scored
 from hemiola_search.quality import psnr, relative_l2, ssim
@@ -65,6 +66,11 @@ class Evaluator:
             "psnr": float(psnr(images, self._reference_images).mean()),
             "ssim": float(ssim(images, self._reference_images).mean()),
         }
+        if not np.isfinite(list(quality.values())).all():
+            raise SearchError(
+                f"the images of {candidate.strategy} {candidate.name} are not finite: the trajectory diverges. "
+                "Lower --guidance-scale, or try another --scheduler"
+            )
         if self._judge is not None:
             read, features = self._judge.look(images)
             quality["agreement"] = float((read == self._requests.labels.numpy()).mean())

@@ -7,6 +7,7 @@ features of real images.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,33 @@ class Judge:
             self._session = ort.InferenceSession(
                 (folder / "judge.onnx").read_bytes(), settings, providers=["CPUExecutionProvider"]
             )
-            with np.load(folder / "statistics.npz", allow_pickle=False) as statistics:
+            with np.load(io.BytesIO((folder / "statistics.npz").read_bytes()), allow_pickle=False) as statistics:
                 self._mean, self._covariance = statistics["mean"], statistics["covariance"]
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise SearchError(f"{folder} holds no judge that can be used: {error}") from error
         if (found := [output.name for output in self._session.get_outputs()]) != ["logits", "features"]:
             raise SearchError(f"the judge in {folder} gives {found} instead of logits and features")
+        size = self._mean.size
+        if size < 2 or self._mean.shape != (size,) or self._covariance.shape != (size, size):
+            raise SearchError(
+                f"the judge in {folder} has a mean of shape {self._mean.shape} and a covariance of shape "
+                f"{self._covariance.shape}, where (F,) and (F, F) belong together, of 2 features or more"
+            )
+        self._folder = folder
 
     def look(self, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the label that is read off each image (n,), and its features (n, F)."""
-        logits, features = self._session.run(None, {"images": images.astype(np.float32)})
+        try:
+            logits, features = self._session.run(None, {"images": images.astype(np.float32)})
+        except Exception as error:  # as above
+            raise SearchError(
+                f"the judge in {self._folder} cannot look at images of shape {images.shape[1:]}: {error}"
+            ) from error
+        if features.shape[1:] != self._mean.shape:
+            raise SearchError(
+                f"the judge in {self._folder} sees {features.shape[1:]} features, but its statistics are of "
+                f"{self._mean.shape}"
+            )
         return np.argmax(logits, axis=1), features
 
     def frechet(self, features: Floats) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if not 0 < self.token_ratio <= 1 or not 0 <= self.deep_ratio <= 1:
             raise SearchError("token_ratio lies above 0 and deep_ratio from 0, both up to 1")
+        if self.seed < 0 or not math.isfinite(self.guidance_scale):
+            raise SearchError("the seed is 0 or more, and guidance_scale a finite number")
         if self.num_images < 1 or self.num_held_out < 2:
             raise SearchError("a search scores on 1 image or more and reports on 2 or more")
 
@@ -118,7 +121,7 @@ class Problem:
     @property
     def selective_step(self) -> Step | None:
         """What a selective step is, None if there are none."""
-        if self.options.selective == "none":
+        if self.options.selective == "none" or self.deep_start == self.num_blocks:
             return None
         if self.options.selective == "deep":
             return DEEP

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hemiola_runtime.bench import Machine, Measurement
 from hemiola_runtime.manifest import UNCACHED, Manifest
 from hemiola_runtime.schedule import Forward, Schedule
+from hemiola_search.errors import SearchError
 from hemiola_search.plots import NAMES, ParetoPoint, pareto_plot
 from hemiola_search.record import Point, SearchRecord
 
@@ -81,9 +82,10 @@ def render_report(given: ReportInput) -> str:
     chosen = measured[chosen_name]
     latency = LatencyModel(measured, given.batch_size, len(given.schedules[UNCACHED].steps))
     held_out = [point for point in record.points if point.images == "held_out"]
+    _check_record(record, given)
     best = next((point for point in held_out if point.rhythm == chosen.rhythm), held_out[0])
     environment = Environment(
-        loader=PackageLoader("hemiola_search"), autoescape=False, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("hemiola_search"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     backend = given.manifest.backend
     page: str = environment.get_template("report.html.j2").render(
@@ -111,6 +113,18 @@ def render_report(given: ReportInput) -> str:
         made_by=_made_by(record, given.manifest),
     )
     return page
+
+
+def _check_record(record: SearchRecord, given: ReportInput) -> None:
+    """Make sure that a record is of the search that the bundle's schedules come from."""
+    model, rhythms = given.manifest.pipeline.model.name, [schedule.rhythm for schedule in given.schedules.values()]
+    if record.model != model or record.chosen not in rhythms:
+        raise SearchError(
+            f"the record is of a search for {record.model} that chose {record.chosen}, but the bundle is of {model} "
+            "and runs no such schedule. Give the search.json beside the schedule that was exported"
+        )
+    if not any(point.images == "held_out" and point.strategy == UNCACHED for point in record.points):
+        raise SearchError("the record holds no uncached run to compare with; `hemiola search` writes valid records")
 
 
 def difference_image(images: Pixels, reference: Pixels) -> Pixels:

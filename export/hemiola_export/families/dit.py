@@ -1,7 +1,8 @@
 """The DiT family (Peebles & Xie 2022, arXiv:2212.09748): diffusers' `DiTTransformer2DModel`, opened at its seams.
 
-The weights are diffusers' own, but for two: the queries' hold the factor of the softmax, and the head's rows for
-learned variances, which the pipeline throws away, are left out.
+The weights are diffusers' own, rearranged where that saves work at every step: the queries' hold the factor of the
+softmax, positions hold the bias of the patches, whose convolution is a matrix product, and the head's rows for learned
+variances, which the pipeline throws away, are left out.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ class DiT(Family):
         self.width = transformer.inner_dim
         self.num_heads = config.num_attention_heads
         self.num_classes = config.num_embeds_ada_norm
-        self.patches = _as_linear(transformer.pos_embed.proj)
-        self.register_buffer("positions", transformer.pos_embed.pos_embed.clone(), persistent=False)
+        embedding = transformer.pos_embed
+        self.patches = nn.Parameter(embedding.proj.weight.flatten(1).T.contiguous(), requires_grad=False)
+        self.positions = nn.Parameter(embedding.pos_embed + embedding.proj.bias, requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(block) for block in transformer.transformer_blocks)
         self.embedders = nn.ModuleList(block.norm1.emb for block in transformer.transformer_blocks)
         self.modulators = nn.ModuleList(
@@ -125,7 +127,7 @@ class DiT(Family):
         rows, columns = self.grid
         x = sample.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (B, C, rows, p, columns, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C·p·p)
-        tokens: Tensor = self.patches(x) + self.positions
+        tokens: Tensor = x @ self.patches + self.positions
         return tokens  # (B, N, D)
 
     def head(self, x: Tensor, vectors: Vectors) -> Tensor:
@@ -152,16 +154,6 @@ def _check(config: Any) -> None:
             f"{out_channels} output channels for {config.in_channels} input channels: neither the "
             "prediction alone nor prediction and variance"
         )
-
-
-def _as_linear(convolution: nn.Conv2d) -> nn.Linear:
-    """Turn the convolution that embeds patches, whose stride is its size, into the matrix product that it is."""
-    weight = convolution.weight.flatten(1)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    assert convolution.bias is not None
-    linear.bias = nn.Parameter(convolution.bias, requires_grad=False)
-    return linear
 
 
 def _scaled(layer: nn.Linear, factor: float) -> nn.Linear:

@@ -48,7 +48,10 @@ class OnnxRuntime:
             BundleError: ONNX Runtime refuses it, or its inputs and outputs are not those of the manifest.
         """
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # what goes wrong is raised, and told by whoever catches it
+        # In the order of the graph. The default order runs all gates of `reuse` before all its sums, so that every
+        # product is evicted from the cache of the processor before it is read again: 20 % slower.
+        settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         settings.add_session_config_entry("session.disable_prepacking", "1")
         settings.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self._options.folder)

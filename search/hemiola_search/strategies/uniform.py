@@ -1,7 +1,7 @@
 """FORA: a full step every N-th step, everything between reused (arXiv:2407.01425). The baseline of even spacing.
 
-N is the largest period with at least the budget's full steps, so that the baseline is never given less computation
-than what it is compared with.
+N is the period with the fewest full steps that are not less than the budget, so that the baseline is never given less
+computation than what it is compared with; of several such periods the smallest, which spaces them most evenly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from hemiola_search.problem import Candidate, Problem, Score, Scored
 
 def uniform_steps(num_steps: int, budget: int) -> tuple[Step, ...]:
     """Return the steps of FORA for a budget of full steps."""
-    period = max(n for n in range(1, num_steps + 1) if -(-num_steps // n) >= budget)
+    counts = {period: -(-num_steps // period) for period in range(1, num_steps + 1)}
+    fewest = min(count for count in counts.values() if count >= budget)
+    period = min(period for period, count in counts.items() if count == fewest)
     return tuple(FULL if i % period == 0 else REUSE for i in range(num_steps))
 
 
