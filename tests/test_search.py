@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hemiola_export.errors import UnsupportedSolverError
 from hemiola_export.model import Model, load_model
+from hemiola_runtime.codec import write_json
 from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.schedule import Forward, TokenSelector, read_schedule, write_schedule
 from hemiola_search import evaluator
@@ -20,7 +21,7 @@ from hemiola_search.errors import SearchError
 from hemiola_search.evaluator import Evaluator, draw_requests
 from hemiola_search.judge import Judge
 from hemiola_search.problem import Candidate, Problem, SearchOptions
-from hemiola_search.record import Point, SearchRecord, read_record, write_record
+from hemiola_search.record import Point, SearchRecord, read_record
 from hemiola_search.rhythms import Constraints, monotone_rhythms
 from hemiola_search.search import Found, find_schedule, problem_for
 from models import save_tiny_model, tiny_dit
@@ -90,7 +91,7 @@ def test_another_seed_draws_other_images(model: Model, found: Found) -> None:
 
 
 def test_what_was_found_reads_back_from_its_files(found: Found, tmp_path: Path) -> None:
-    write_record(found.record, tmp_path / "search.json")
+    write_json(found.record, tmp_path / "search.json")
     assert read_record(tmp_path / "search.json") == found.record
     for name, schedule in {"best": found.schedule, **found.baselines}.items():
         write_schedule(schedule, tmp_path / f"{name}.json")

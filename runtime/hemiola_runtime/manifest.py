@@ -17,7 +17,6 @@ from hemiola_runtime.codec import as_json, parse, write_json
 from hemiola_runtime.errors import BundleError, IntegrityError, ScheduleError
 from hemiola_runtime.schedule import Forward, ModelIdentity, Schedule, SchedulerIdentity, TokenSelector
 
-SCHEMA: Final = 1
 MANIFEST_FILE: Final = "manifest.json"
 GRAPHS_FILE: Final = "graphs.json"
 WEIGHTS_FILE: Final = "weights.bin"

@@ -17,7 +17,6 @@ from hemiola_runtime.artifacts import MadeBy, sha256_of
 from hemiola_runtime.codec import encode, parse, write_json
 from hemiola_runtime.errors import ScheduleError
 
-SCHEMA: Final = 1
 MAX_STEPS: Final = 10_000
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.codec import parse, write_json
+from hemiola_runtime.codec import parse
 from hemiola_search.errors import SearchError
 
 
@@ -75,8 +75,3 @@ def read_record(path: Path) -> SearchRecord:
         raise SearchError(f"cannot read {path}: {error.strerror}. `hemiola search` writes it") from error
     except ValueError as error:
         raise SearchError(f"{error}. `hemiola search` writes valid records") from error
-
-
-def write_record(record: SearchRecord, path: Path) -> None:
-    """Write a record atomically."""
-    write_json(record, path)
