@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from hemiola_runtime.artifacts import MadeBy
 from hemiola_runtime.manifest import (
+    CONDITIONING,
     STEP_TABLE,
     UNCACHED,
+    VAE_DECODER,
     BackendSpec,
     DType,
     EngineSpec,
@@ -26,7 +28,6 @@ from hemiola_runtime.manifest import (
     TensorSpec,
     WeightSpec,
 )
-from hemiola_runtime.program import CONDITIONING, VAE_DECODER
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,

@@ -11,8 +11,8 @@ from hypothesis import given
 from numpy.typing import NDArray
 
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.manifest import STEP_TABLE, GraphSpec, Pipeline
-from hemiola_runtime.program import CONDITIONING, SOLVER, VAE_DECODER, Launch, Placed, Program, lower
+from hemiola_runtime.manifest import CONDITIONING, STEP_TABLE, VAE_DECODER, GraphSpec, Pipeline
+from hemiola_runtime.program import SOLVER, Launch, Placed, Program, lower
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,

@@ -159,6 +159,14 @@ def test_a_closed_sampler_refuses_requests(latent: Made) -> None:
         opened.generate(labels=[0])
 
 
+def test_a_stream_that_begins_after_the_sampler_was_closed_is_refused(latent: Made) -> None:
+    opened = Sampler.open(latent.bundle)
+    stream = opened.stream(labels=[0])
+    opened.close()
+    with pytest.raises(RequestError, match="closed"):
+        next(stream)
+
+
 def test_a_bundle_without_guidance_refuses_a_scale(unguided: Made) -> None:
     with Sampler.open(unguided.bundle) as opened:
         assert opened.generate(labels=[0]).report.rhythm == "FCFS"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_runtime.manifest import TensorSpec
-
-VAE_DECODER: Final = "vae_decoder"
 
 
 class VaeDecoder(NamedModule):

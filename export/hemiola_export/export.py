@@ -11,9 +11,9 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from hemiola_export.components import VAE_DECODER, VaeDecoder
+from hemiola_export.components import VaeDecoder
 from hemiola_export.errors import ExportError
-from hemiola_export.forwards import CONDITIONING, FORWARDS, Conditioning, ForwardConfig
+from hemiola_export.forwards import FORWARDS, Conditioning, ForwardConfig
 from hemiola_export.model import Model, scheduler_from_identity
 from hemiola_export.named_module import NamedModule
 from hemiola_export.onnx_graphs import WeightFile, export_graph
@@ -21,9 +21,11 @@ from hemiola_export.solver import measure_solver
 from hemiola_export.trajectory import Requests, Trajectory
 from hemiola_runtime.artifacts import MadeBy, replacing_folder
 from hemiola_runtime.manifest import (
+    CONDITIONING,
     GRAPHS_FILE,
     REFERENCE_FILE,
     UNCACHED,
+    VAE_DECODER,
     WEIGHTS_FILE,
     GraphSet,
     GraphSpec,

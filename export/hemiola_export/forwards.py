@@ -24,8 +24,6 @@ from hemiola_export.selection import attend_and_score, check_selector, rank
 from hemiola_runtime.manifest import STEP_TABLE, TensorSpec
 from hemiola_runtime.schedule import Forward, TokenSelector
 
-CONDITIONING: Final = "conditioning"
-
 
 @dataclass(frozen=True, slots=True)
 class ForwardConfig:

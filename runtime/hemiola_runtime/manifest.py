@@ -17,6 +17,8 @@ from hemiola_runtime.codec import as_json, parse, write_json
 from hemiola_runtime.errors import BundleError, IntegrityError, ScheduleError
 from hemiola_runtime.schedule import Forward, ModelIdentity, Schedule, SchedulerIdentity, TokenSelector
 
+CONDITIONING: Final = "conditioning"  # engine that runs once, ahead of the steps
+VAE_DECODER: Final = "vae_decoder"  # engine that runs once, after them
 MANIFEST_FILE: Final = "manifest.json"
 GRAPHS_FILE: Final = "graphs.json"
 WEIGHTS_FILE: Final = "weights.bin"
@@ -281,7 +283,7 @@ class Manifest:
         for path in (*named, *self.schedules.values(), *self.solvers.values()):
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but has no digest in `files`")
-        if missing := {UNCACHED, "conditioning"} - set(self.engines):
+        if missing := {UNCACHED, CONDITIONING} - set(self.engines):
             raise ValueError(f"there is no engine {', '.join(sorted(missing))}")
         if UNCACHED not in self.schedules:
             raise ValueError(f"there is no schedule `{UNCACHED}`")

@@ -11,13 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hemiola_runtime.manifest import ITEMSIZE, STEP_TABLE, DType, GraphSpec, Pipeline, TensorSpec
+from hemiola_runtime.manifest import (
+    CONDITIONING,
+    ITEMSIZE,
+    STEP_TABLE,
+    VAE_DECODER,
+    DType,
+    GraphSpec,
+    Pipeline,
+    TensorSpec,
+)
 from hemiola_runtime.schedule import Forward, Schedule
 from hemiola_runtime.solver_table import SolverTable
 
 ALIGNMENT: Final = 256  # of every tensor's address, in bytes, as TensorRT wants it
-CONDITIONING: Final = "conditioning"
-VAE_DECODER: Final = "vae_decoder"
 SOLVER: Final = ("coefficients", "input_scale")  # inputs of every step that come from the solver table
 
 

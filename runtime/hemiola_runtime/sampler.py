@@ -216,14 +216,15 @@ class Sampler:
         return self._run(self._request(labels, seeds, guidance_scale, latents), schedule)
 
     def close(self) -> None:
-        """Free engines and memory; waits for running requests."""
+        """Free engines and memory; waits for running requests, and refuses those that still wait."""
         if self._is_closed:
             return
         self._is_closed = True
-        for _ in self._slots:
-            slot = self._free.get()
+        taken = [self._free.get() for _ in self._slots]
+        for slot in taken:
             slot.prepared.clear()
             slot.workspace.close()
+            self._free.put(slot)
         for engine in self._engines.values():
             engine.close()
 
@@ -266,13 +267,17 @@ class Sampler:
         name = self._default if schedule_name is None else schedule_name
         if name not in self._schedules:
             raise ScheduleError(f"the bundle has no schedule {name!r}; it has {', '.join(self._schedules)}")
+        self._refuse_if_closed()
+        return self._steps(request, name)
+
+    def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise RequestError("the sampler is closed")
-        return self._steps(request, name)
 
     def _steps(self, request: Request, name: str) -> Iterator[Progress]:
         slot = self._free.get()
         try:
+            self._refuse_if_closed()  # it may have been, while this request waited
             prepared = self._prepare(slot, name, request.batch_size)
             yield from self._launch_all(request, name, slot.workspace, prepared)
         finally:

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from hemiola_runtime.bench import Machine, Measurement
-from hemiola_runtime.manifest import UNCACHED, Manifest
+from hemiola_runtime.manifest import CONDITIONING, UNCACHED, VAE_DECODER, Manifest
 from hemiola_runtime.schedule import Forward, Schedule
 from hemiola_search.errors import SearchError
 from hemiola_search.plots import NAMES, ParetoPoint, pareto_plot
@@ -67,7 +67,7 @@ class LatencyModel:
     def latency(self, rhythm: str) -> float | None:
         """Return milliseconds per image; None where one of the forwards was not measured."""
         symbols = {forward.symbol: forward.value for forward in Forward}
-        total = self._engines["conditioning"] * len(rhythm) / self._num_steps + self._engines.get("vae_decoder", 0.0)
+        total = self._engines[CONDITIONING] * len(rhythm) / self._num_steps + self._engines.get(VAE_DECODER, 0.0)
         for symbol, count in Counter(rhythm).items():
             if symbols[symbol] not in self._engines:
                 return None
