@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hemiola_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from hemiola_export.model import Model
 
 
 def positive(text: str) -> int:
@@ -17,6 +21,28 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"a whole number of 1 or more, not {text!r}")
     return number
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Describe the argument MODEL."""
+    parser.add_argument("model", metavar="MODEL", help="diffusers folder or hub id")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="take MODEL for a known architecture, dit-xl-2 or dit-xl-2-512, and draw its weights: for measuring speed",
+    )
+
+
+def load_or_draw(model: str, has_random_weights: bool) -> Model:
+    """Load a model, or make one of a known architecture.
+
+    Raises:
+        ExportError: there is no such model or architecture, or no family opens it.
+    """
+    from hemiola_export.architectures import random_model
+    from hemiola_export.model import load_model
+
+    return random_model(model) if has_random_weights else load_model(model)
 
 
 def check_output_file(path: Path | None, suffix: str = "") -> None:

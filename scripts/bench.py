@@ -24,6 +24,7 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from hemiola_engines.build import build_bundle
+from hemiola_engines.options import BuildOptions
 from hemiola_export.export import export_pipeline
 from hemiola_export.model import load_model, make_scheduler
 from hemiola_export.solver import scheduler_identity
@@ -133,7 +134,7 @@ def _build(source: str, graphs: Path, bundle: Path, batch_size: int) -> dict[str
         for name, count in counts.items()
     }
     export_pipeline(model, schedules, graphs)
-    build_bundle(graphs, bundle, backend="onnxruntime", max_batch_size=batch_size)
+    build_bundle(graphs, bundle, BuildOptions("onnxruntime", batch_size))
     return counts
 
 

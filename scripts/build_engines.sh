@@ -3,12 +3,21 @@
 #
 #   bash scripts/build_engines.sh [--model FOLDER_OR_HUB_ID] [--out FOLDER] [--steps T] [--budget B]
 #                                 [--guidance-scale G] [--scheduler NAME] [--max-batch-size N]
+#                                 [--backend NAME] [--precision P] [--layout separate|segmented] [--random-weights]
 #
-# Without arguments: the digits model, 50 steps of DDIM, 17 of them full, guidance 2, into out/digits.
+# Without arguments: the digits model, 50 steps of DDIM, 17 of them full, guidance 2, for ONNX Runtime on the CPU, into
+# out/digits. The precision is fp32 on the CPU and bf16 elsewhere. With --random-weights, --model is the name of a known
+# architecture (dit-xl-2); its schedules are ProCache's published ones, since on noise nothing can be judged.
+# The report needs a machine on which the engines run.
 set -euo pipefail
 
 model=examples/digits steps=50 budget=17 guidance=2 scheduler= max_batch_size=8 out=
+backend=onnxruntime precision= layout=separate random_weights=
 while [ $# -gt 0 ]; do
+  case $1 in
+    --random-weights) random_weights=--random-weights; shift; continue ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  esac
   case $1 in
     --model) model=${2:?} ;;
     --out) out=${2:?} ;;
@@ -17,20 +26,48 @@ while [ $# -gt 0 ]; do
     --guidance-scale) guidance=${2:?} ;;
     --scheduler) scheduler=${2:?} ;;
     --max-batch-size) max_batch_size=${2:?} ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --backend) backend=${2:?} ;;
+    --precision) precision=${2:?} ;;
+    --layout) layout=${2:?} ;;
     *) echo "unknown argument: $1 (--help lists them)" >&2; exit 2 ;;
   esac
   shift 2
 done
 
-EXTRAS=search
+case $backend in
+  onnxruntime) extras=search format=onnx; precision=${precision:-fp32} ;;
+  onnxruntime_cuda) extras=search,gpu format=onnx; precision=${precision:-bf16} ;;
+  tensorrt | tensorrt_rtx) extras=search,${backend//_/-} format=onnx; precision=${precision:-bf16} ;;
+  inductor) extras=search format=torch; precision=${precision:-bf16} ;;
+  *) echo "unknown backend: $backend" >&2; exit 2 ;;
+esac
+EXTRAS=$extras
 source "$(dirname "$0")/environment.sh"
 out=${out:-out/$(basename "$model")}
 
-hemiola search "$model" --steps "$steps" --budget "$budget" --guidance-scale "$guidance" \
-  ${scheduler:+--scheduler "$scheduler"} --out "$out/schedule.json"
-baselines=()
-for file in "$out"/baselines/*.json; do baselines+=(--schedule "$file"); done
-hemiola export "$model" --schedule "$out/schedule.json" "${baselines[@]}" --out "$out/graphs"
-hemiola build "$out/graphs" --max-batch-size "$max_batch_size" --out "$out/bundle"
-hemiola report "$out/bundle" --search "$out/search.json" --out "$out/report.html"
+search() {
+  # shellcheck disable=SC2086  # an absent flag is no argument
+  hemiola search "$model" $random_weights --steps "$steps" --budget "$budget" --guidance-scale "$guidance" \
+    ${scheduler:+--scheduler "$scheduler"} "$@"
+}
+
+schedules=()
+if [ -n "$random_weights" ]; then
+  for selective in tokens deep; do
+    search --strategy published --selective "$selective" --out "$out/$selective.json"
+    schedules+=(--schedule "$selective=$out/$selective.json")
+  done
+else
+  search --out "$out/schedule.json"
+  schedules+=(--schedule "$out/schedule.json")
+  for file in "$out"/baselines/*.json; do schedules+=(--schedule "$file"); done
+fi
+# shellcheck disable=SC2086
+hemiola export "$model" $random_weights ${random_weights:+--no-reference} "${schedules[@]}" \
+  --format "$format" --precision "$precision" --out "$out/graphs"
+hemiola build "$out/graphs" --backend "$backend" --layout "$layout" --max-batch-size "$max_batch_size" \
+  --out "$out/bundle"
+hemiola inspect "$out/bundle"
+if [ -z "$random_weights" ] && hemiola doctor --bundle "$out/bundle"; then
+  hemiola report "$out/bundle" --search "$out/search.json" --out "$out/report.html"
+fi

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from hemiola_engines.build import build_bundle
+from hemiola_engines.options import BuildOptions
 from hemiola_export.export import export_pipeline
 from hemiola_export.model import Model, load_model
 from hemiola_export.solver import scheduler_identity
@@ -56,7 +57,7 @@ def make_bundle(folder: Path, model: Path, schedules: dict[str, Schedule], max_b
     """Export and build."""
     graphs, bundle = folder / "graphs", folder / "bundle"
     export_pipeline(load_model(str(model)), schedules, graphs)
-    build_bundle(graphs, bundle, backend="onnxruntime", max_batch_size=max_batch_size)
+    build_bundle(graphs, bundle, BuildOptions("onnxruntime", max_batch_size))
     return Made(model, graphs, bundle)
 
 

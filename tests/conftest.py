@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import diffusers
@@ -7,8 +8,11 @@ import pytest
 import torch
 
 from bundles import DIGITS, RELEASED_RHYTHM, Made, make_bundle, schedule_from_rhythm
+from commands import MadeByCommands, make_by_commands
+from hemiola_engines.build import build_bundle
+from hemiola_engines.options import BuildOptions
 from hemiola_export.model import load_model
-from models import save_tiny_model
+from models import save_tiny_model, tiny_dit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,11 +48,26 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="session")
+def segmented(latent: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The graphs of `latent` as a bundle whose `full` is `front` followed by `deep`."""
+    bundle = tmp_path_factory.mktemp("segmented") / "bundle"
+    build_bundle(latent.graphs, bundle, BuildOptions("onnxruntime", 5, layout="segmented"))
+    return replace(latent, bundle=bundle)
+
+
+@pytest.fixture(scope="session")
 def unguided(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random DiT of pixels, without guidance, Euler steps."""
     folder = tmp_path_factory.mktemp("unguided")
-    save_tiny_model(folder / "model", has_vae=False, scheduler=V_PREDICTION)
+    transformer = tiny_dit(num_blocks=2, channels=1, has_learned_sigma=False)
+    save_tiny_model(folder / "model", has_vae=False, transformer=transformer, scheduler=V_PREDICTION)
     model = load_model(str(folder / "model"))
     solver = diffusers.EulerDiscreteScheduler.from_config(model.scheduler.config)
-    schedule = schedule_from_rhythm(model, solver, "FCFS", guidance="none")
+    schedule = schedule_from_rhythm(model, solver, "FCFS", deep_start=1, guidance="none")
     return make_bundle(folder, folder / "model", {"short": schedule}, max_batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeByCommands:
+    """What the command line makes of a tiny model of pixels: search, export, build."""
+    return make_by_commands(tmp_path_factory.mktemp("cli"))

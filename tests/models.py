@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import diffusers
-import torch
-from torch import nn
+
+from hemiola_export.architectures import draw_weights
 
 NUM_CLASSES: Final = 10
 LATENT_CHANNELS: Final = 4
@@ -53,7 +53,7 @@ def tiny_dit(
         activation_fn=activation_fn,
         num_embeds_ada_norm=num_classes,
     )
-    return _with_random_weights(transformer, seed)
+    return draw_weights(transformer, seed)
 
 
 def tiny_vae(seed: int = 0) -> Any:
@@ -69,21 +69,7 @@ def tiny_vae(seed: int = 0) -> Any:
         norm_num_groups=4,
         sample_size=2 * SAMPLE_SIZE,
     )
-    return _with_random_weights(vae, seed)
-
-
-def _with_random_weights(module: nn.Module, seed: int) -> Any:
-    """Draw every parameter anew: matrices keep the size of what passes through, vectors are small, embeddings large."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            drawn = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 1:  # biases; and gains, which stand around 1
-                drawn = 0.1 * drawn + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            elif "embedding_table" not in name:
-                drawn = drawn / (weight[0].numel() ** 0.5)
-            weight.copy_(drawn)
-    return module.eval().requires_grad_(False)
+    return draw_weights(vae, seed)
 
 
 def save_tiny_model(

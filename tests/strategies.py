@@ -5,8 +5,8 @@ Everything is drawn small: what is tested are relations between the parts, and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 from hypothesis import settings
@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hemiola_runtime.artifacts import MadeBy
 from hemiola_runtime.manifest import (
     CONDITIONING,
+    FRONT,
+    PRECISIONS,
     STEP_TABLE,
     UNCACHED,
     VAE_DECODER,
@@ -25,6 +27,8 @@ from hemiola_runtime.manifest import (
     GraphSpec,
     Manifest,
     Pipeline,
+    Precision,
+    Profile,
     TensorSpec,
     WeightSpec,
 )
@@ -44,6 +48,7 @@ from hemiola_runtime.schedule import (
 from hemiola_runtime.solver_table import SolverTable
 
 Guidance: TypeAlias = Literal["classifier_free", "none"]
+Chains: TypeAlias = dict[str, tuple[str, ...]]  # forward → the engines that make it up
 
 VECTORS: Final = ("shift", "gain", "gate")  # of a branch of a block, in the order of the graphs' inputs
 BRANCHES: Final = ("attention", "mlp")
@@ -191,12 +196,13 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
     )
 
 
-def graph_specs(pipeline: Pipeline, *, has_decoder: bool) -> dict[str, GraphSpec]:
+def graph_specs(pipeline: Pipeline, *, has_decoder: bool, precision: Precision = "fp32") -> dict[str, GraphSpec]:
     """Describe the graphs that export would write for a pipeline: `conditioning`, its forwards, perhaps a decoder.
 
     Written by hand from DESIGN §2, so that lowering can be tested without PyTorch; `test_forwards.py` compares it
     with what the modules themselves declare.
     """
+    dtype = PRECISIONS[precision]
     conditioning: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = (
         (TensorSpec("labels", "int64", ("B",)), TensorSpec("timesteps", "float32", ("T",))),
         tuple(
@@ -205,7 +211,9 @@ def graph_specs(pipeline: Pipeline, *, has_decoder: bool) -> dict[str, GraphSpec
         ),
     )
     declared = {CONDITIONING: conditioning}
-    declared |= {forward.value: _step_graph(pipeline, forward) for forward in forwards_of(pipeline)}
+    declared |= {forward.value: _step_graph(pipeline, forward, dtype) for forward in forwards_of(pipeline)}
+    if Forward.DEEP.value in declared:
+        declared[FRONT] = _front_graph(pipeline, dtype)
     if has_decoder:
         latents = TensorSpec("latents", "float32", ("B", *pipeline.model.latent_shape))
         declared[VAE_DECODER] = ((latents,), (TensorSpec("images", "float32", ("B", *pipeline.image_shape)),))
@@ -229,6 +237,10 @@ def _blocks(pipeline: Pipeline) -> range:
     return range(pipeline.num_blocks)
 
 
+def _shallow(pipeline: Pipeline) -> range:
+    return range(pipeline.num_blocks if pipeline.deep_start is None else pipeline.deep_start)
+
+
 def _vectors(pipeline: Pipeline, computed: set[tuple[int, str]]) -> list[TensorSpec]:
     """Gates of all branches, shift and gain of those that are computed, and the head's two."""
     names = [
@@ -241,18 +253,37 @@ def _vectors(pipeline: Pipeline, computed: set[tuple[int, str]]) -> list[TensorS
     return [TensorSpec(name, "float32", ("R", 1, pipeline.width)) for name in (*names, "head_shift", "head_gain")]
 
 
-def _caches(pipeline: Pipeline, blocks: Iterable[int], branches: Iterable[str] = BRANCHES) -> list[TensorSpec]:
+def _caches(
+    pipeline: Pipeline, dtype: DType, blocks: Iterable[int], branches: Iterable[str] = BRANCHES
+) -> list[TensorSpec]:
     shape = ("R", pipeline.num_tokens, pipeline.width)
     names = list(branches)
-    return [TensorSpec(f"{branch}_cache.{block}", "float32", shape) for block in blocks for branch in names]
+    return [TensorSpec(f"{branch}_cache.{block}", dtype, shape) for block in blocks for branch in names]
 
 
-def _step_graph(pipeline: Pipeline, forward: Forward) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    every = _blocks(pipeline)
-    start = pipeline.num_blocks if pipeline.deep_start is None else pipeline.deep_start
-    shallow, deep = range(start), range(start, pipeline.num_blocks)
+def _state(pipeline: Pipeline) -> TensorSpec:
+    return _f32("state", (pipeline.state_rows, "B", *pipeline.model.latent_shape))
+
+
+def _front_graph(pipeline: Pipeline, dtype: DType) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """All vectors of the shallow blocks in; their caches out."""
+    blocks = _shallow(pipeline)
+    vectors = [f"{branch}_{kind}.{block}" for block in blocks for branch in BRANCHES for kind in VECTORS]
+    inputs = [_state(pipeline), _f32("input_scale", ()), *(_f32(name, ("R", 1, pipeline.width)) for name in vectors)]
+    return tuple(inputs), _nexts(_caches(pipeline, dtype, blocks))
+
+
+def _nexts(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(replace(spec, name=f"next_{spec.name}") for spec in specs)
+
+
+def _step_graph(
+    pipeline: Pipeline, forward: Forward, dtype: DType
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    every, shallow = _blocks(pipeline), _shallow(pipeline)
+    deep = range(len(shallow), pipeline.num_blocks)
     rows = pipeline.state_rows
-    state = TensorSpec("state", "float32", (rows, "B", *pipeline.model.latent_shape))
+    state = _state(pipeline)
     common = [state, _f32("coefficients", (rows, rows + 1)), _f32("input_scale", ())]
     if pipeline.guidance == "classifier_free":
         common.append(_f32("guidance", ("B",)))
@@ -267,18 +298,17 @@ def _step_graph(pipeline: Pipeline, forward: Forward) -> tuple[tuple[TensorSpec,
     }
     reads: dict[Forward, list[TensorSpec]] = {
         Forward.FULL: [],
-        Forward.DEEP: _caches(pipeline, shallow),
-        Forward.TOKENS: [TensorSpec("token_slots", "int64", ("K",)), *_caches(pipeline, every), *selection],
-        Forward.REUSE: _caches(pipeline, every),
+        Forward.DEEP: _caches(pipeline, dtype, shallow),
+        Forward.TOKENS: [TensorSpec("token_slots", "int64", ("K",)), *_caches(pipeline, dtype, every), *selection],
+        Forward.REUSE: _caches(pipeline, dtype, every),
     }
     writes: dict[Forward, list[TensorSpec]] = {
-        Forward.FULL: [*_caches(pipeline, every), *selection],
-        Forward.DEEP: [*_caches(pipeline, deep), *selection],
-        Forward.TOKENS: [*_caches(pipeline, deep, ["mlp"]), *selection[1:]],
+        Forward.FULL: [*_caches(pipeline, dtype, every), *selection],
+        Forward.DEEP: [*_caches(pipeline, dtype, deep), *selection],
+        Forward.TOKENS: [*_caches(pipeline, dtype, deep, ["mlp"]), *selection[1:]],
         Forward.REUSE: [],
     }
-    outputs = tuple(TensorSpec(f"next_{s.name}", s.dtype, s.shape) for s in (state, *writes[forward]))
-    return (*common, *_vectors(pipeline, computed[forward]), *reads[forward]), outputs
+    return (*common, *_vectors(pipeline, computed[forward]), *reads[forward]), _nexts([state, *writes[forward]])
 
 
 def _f32(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
@@ -286,28 +316,76 @@ def _f32(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
     return TensorSpec(name, dtype, shape)
 
 
+def chains_of(graphs: Mapping[str, GraphSpec], *, is_segmented: bool) -> Chains:
+    """Name the engines that make up each forward; in the segmented layout `full` is `front` followed by `deep`."""
+    chains: Chains = {forward.value: (forward.value,) for forward in Forward if forward.value in graphs}
+    return chains | {"full": (FRONT, "deep")} if is_segmented else chains
+
+
+def manifest_of(
+    pipeline: Pipeline,
+    graphs: Mapping[str, GraphSpec],
+    *,
+    is_segmented: bool = False,
+    precision: Precision = "fp32",
+    max_batch_size: int = 4,
+    profiles: Mapping[str, tuple[Profile, ...]] | None = None,
+) -> Manifest:
+    """Describe a bundle of these graphs; those that its layout leaves unused are not in it."""
+    unused = "full" if is_segmented else FRONT
+    tuned = {} if profiles is None else profiles
+    engines = {
+        name: EngineSpec(replace(graph, file=f"engines/{graph.file}"), "0" * 64, tuned.get(name, ()))
+        for name, graph in graphs.items()
+        if name != unused
+    }
+    schedule_files = {UNCACHED: "schedules/full.json", "fast": "schedules/fast.json"}
+    paths = [*(engine.graph.file for engine in engines.values()), *schedule_files.values(), "engines/weights.bin"]
+    return Manifest(
+        schema=2,
+        backend=BackendSpec("onnxruntime", "1.23.0"),
+        pipeline=pipeline,
+        precision=precision,
+        max_batch_size=max_batch_size,
+        engines=engines,
+        forwards=chains_of(graphs, is_segmented=is_segmented),
+        schedules=schedule_files,
+        solvers={},
+        files={path: FileSpec("0" * 64, 1) for path in paths},
+        parity={},
+        forward_parity={},
+        made_by=MadeBy("", {}, None),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Lowerable:
     """What `lower` takes: parts that fit together.
 
     Attributes:
-        pipeline: small.
-        graphs: all that its forwards need.
+        manifest: of a small pipeline, with all engines that its forwards need.
         schedule: made for the pipeline.
         table: of the schedule's scheduler.
         batch_size: B.
     """
 
-    pipeline: Pipeline
-    graphs: dict[str, GraphSpec]
+    manifest: Manifest
     schedule: Schedule
     table: SolverTable
     batch_size: int
 
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.manifest.pipeline
+
+    @property
+    def graphs(self) -> dict[str, GraphSpec]:
+        return self.manifest.graphs
+
 
 @st.composite
 def lowerables(draw: st.DrawFn) -> Lowerable:
-    """Draw a pipeline, a schedule for it, a solver table and a batch size."""
+    """Draw a bundle in any layout and precision, a schedule for it, a solver table and a batch size."""
     pipeline = draw(pipelines())
     choices = {
         Forward.FULL: st.just(FULL),
@@ -338,51 +416,60 @@ def lowerables(draw: st.DrawFn) -> Lowerable:
         tuple(tuple(float(1000 * i + 10 * r + c) for c in range(rows + 1)) for r in range(rows)) for i in range(count)
     ]
     table = SolverTable(1, scheduler, 1.0, tuple(0.5 + i for i in range(count)), tuple(weights), 0.0)
-    return Lowerable(
-        pipeline, graph_specs(pipeline, has_decoder=draw(st.booleans())), schedule, table, draw(st.integers(1, 3))
-    )
+    manifest = draw(plain_manifests(pipeline, max_batch_size=3))
+    return Lowerable(manifest, schedule, table, draw(st.integers(1, 3)))
+
+
+@st.composite
+def plain_manifests(draw: st.DrawFn, pipeline: Pipeline, max_batch_size: int) -> Manifest:
+    """Draw the layout and precision of a bundle, and whether it has a decoder."""
+    precision = draw(st.sampled_from(list(PRECISIONS)))
+    graphs = graph_specs(pipeline, has_decoder=draw(st.booleans()), precision=precision)
+    is_segmented = "deep" in graphs and draw(st.booleans())
+    return manifest_of(pipeline, graphs, is_segmented=is_segmented, precision=precision, max_batch_size=max_batch_size)
+
+
+def profiles() -> st.SearchStrategy[Profile]:
+    side = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(sorted).map(tuple)
+    return st.builds(Profile, sides=st.dictionaries(st.sampled_from(["B", "K", "T"]), side))
 
 
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     """Draw the manifest of a bundle whose parts fit together."""
-    pipeline = draw(pipelines())
-    graphs = graph_specs(pipeline, has_decoder=draw(st.booleans()))
-    weights = WeightSpec("weight", draw(st.sampled_from(["float32", "int64"])), (2, 3), 256)
+    plain = draw(plain_manifests(draw(pipelines()), draw(st.integers(1, 64))))
+    weights = WeightSpec("weight", draw(st.sampled_from(["float32", "float16", "bfloat16", "int64"])), (2, 3), 256)
     engines = {
         name: EngineSpec(
-            GraphSpec(
-                graph.name,
-                f"engines/{graph.file}",
-                draw(digests()),
-                graph.inputs,
-                graph.outputs,
-                draw(st.sampled_from([(), (weights,)])),
-                draw(st.integers(0, 1 << 40)),
+            replace(
+                engine.graph,
+                sha256=draw(digests()),
+                weights=draw(st.sampled_from([(), (weights,)])),
+                activation_bytes_per_row=draw(st.integers(0, 1 << 40)),
             ),
             draw(digests()),
+            tuple(draw(st.lists(profiles(), max_size=2))),
         )
-        for name, graph in graphs.items()
+        for name, engine in plain.engines.items()
     }
-    schedule_files = {UNCACHED: "schedules/full.json", "fast": "schedules/fast.json"}
     solver_files = {draw(st.text("0123456789abcdef", min_size=16, max_size=16)): "solvers/DDIM-50.json"}
-    paths = [
-        *(engine.graph.file for engine in engines.values()),
-        *schedule_files.values(),
-        *solver_files.values(),
-        "engines/weights.bin",
-    ]
-    return Manifest(
-        schema=1,
-        backend=BackendSpec("onnxruntime", draw(st.text("0123456789.", max_size=8))),
-        pipeline=pipeline,
-        precision="fp32",
-        max_batch_size=draw(st.integers(1, 64)),
+    return replace(
+        plain,
+        backend=BackendSpec(
+            "onnxruntime",
+            draw(st.text("0123456789.", max_size=8)),
+            draw(st.none() | text()),
+            tuple(draw(st.lists(text(), max_size=2))),
+            draw(st.booleans()),
+        ),
         engines=engines,
-        schedules=schedule_files,
         solvers=solver_files,
-        files={path: FileSpec(draw(digests()), draw(st.integers(0, 1 << 40))) for path in paths},
-        parity=draw(st.dictionaries(st.sampled_from(list(schedule_files)), finite())),
+        files={
+            path: FileSpec(draw(digests()), draw(st.integers(0, 1 << 40)))
+            for path in (*plain.files, *solver_files.values())
+        },
+        parity=draw(st.dictionaries(st.sampled_from(list(plain.schedules)), finite())),
+        forward_parity=draw(st.dictionaries(st.sampled_from(list(plain.forwards)), finite())),
         made_by=draw(made_by()),
     )
 

@@ -9,10 +9,21 @@ from torch import Tensor
 
 from hemiola_export.errors import ExportError
 from hemiola_export.families import Family, open_transformer
+from hemiola_export.families.dit import DiT
 from hemiola_export.families.seams import GAIN, GATE, SHIFT, vector_name
-from hemiola_export.forwards import FORWARDS, Conditioning, Deep, ForwardConfig, Full, Reuse, StepForward, Tokens
+from hemiola_export.forwards import (
+    FORWARDS,
+    Conditioning,
+    Deep,
+    ForwardConfig,
+    Front,
+    Full,
+    Reuse,
+    StepForward,
+    Tokens,
+)
 from hemiola_export.named_module import NamedModule, Tensors
-from hemiola_runtime.manifest import Pipeline, TensorSpec
+from hemiola_runtime.manifest import FRONT, PRECISIONS, Pipeline, Precision, TensorSpec
 from hemiola_runtime.schedule import Forward, ModelIdentity, TokenSelector
 from models import NUM_CLASSES, NUM_TOKENS, tiny_dit
 from strategies import graph_specs
@@ -22,7 +33,12 @@ NUM_BLOCKS: Final = 4
 TIMESTEPS: Final = (700.0, 650.0, 40.0)
 LABELS: Final = (3, 7)
 RELATIVE: Final = 1e-5  # of float32, where the same sums are made in another order
-DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
+DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
 
 SELECTOR: Final = TokenSelector("value_norm", staleness_weight=0.25, spatial_bonus=0.4, spatial_size=2, seed=0)
 SCORES: Final = ["attention", "value_norm", "output_norm", "random"]
@@ -275,6 +291,19 @@ def test_deep_from_behind_the_last_block_is_reuse() -> None:
 
 
 @pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize("deep_start", range(NUM_BLOCKS + 1))
+def test_front_followed_by_deep_is_full(deep_start: int, is_guided: bool) -> None:
+    config = replace(GUIDED, is_guided=is_guided, deep_start=deep_start)
+    tensors = stale_tensors(FAMILY, config)  # the caches of another step must not show
+    full = run(Full(FAMILY, config), tensors)
+    front = run(Front(FAMILY, config), tensors)
+    deep = run(Deep(FAMILY, config), after(tensors, front))
+    assert front.keys() | deep.keys() == full.keys()
+    assert not front.keys() & deep.keys()
+    assert_alike(front | deep, {name: tensor for name, tensor in full.items() if tensor.any()})
+
+
+@pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
 @pytest.mark.parametrize("deep_start", range(NUM_BLOCKS))
 def test_tokens_of_all_tokens_computes_the_deep_mlps_anew_on_cached_attention(deep_start: int, is_guided: bool) -> None:
     config = replace(GUIDED, is_guided=is_guided, deep_start=deep_start)
@@ -350,6 +379,108 @@ def test_squares_that_do_not_tile_the_token_grid_are_refused() -> None:
         Full(FAMILY, replace(GUIDED, selector=replace(SELECTOR, spatial_size=3)))
 
 
+# lower precision
+
+LOWERED: Final = {precision: FAMILY.lowered(DTYPES[PRECISIONS[precision]]) for precision in ("fp16", "bf16")}
+# Relative L2 on 4 blocks: measured are 1e-3 in float16 and 7e-3 in bfloat16, the size of their last bits.
+HALF_BOUND: Final = {"fp16": 3e-3, "bf16": 2e-2}
+
+
+def as_stored(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Return the tensors with caches in the compute dtype."""
+    return {name: tensor.to(dtype) if "_cache." in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("forward", [Full, Front, Deep, Tokens, Reuse])
+@pytest.mark.parametrize("precision", HALF_BOUND)
+def test_a_forward_in_half_precision_computes_what_it_does_in_float32(
+    precision: Precision, forward: type[StepForward]
+) -> None:
+    family = LOWERED[precision]
+    tensors = with_slots(stale_tensors(FAMILY, GUIDED), 5)
+    expected = run(forward(FAMILY, GUIDED), tensors)
+    found = run(forward(family, GUIDED), as_stored(tensors, family.compute_dtype))
+    assert found.keys() == expected.keys()
+    worst = {name: relative(found[name].float(), tensor) for name, tensor in expected.items() if tensor.any()}
+    assert {name: error for name, error in worst.items() if not error < HALF_BOUND[precision]} == {}
+    assert max(worst.values()) > 1e-5  # it is not float32 in disguise
+
+
+@pytest.mark.parametrize("precision", HALF_BOUND)
+def test_conditioning_in_half_precision_gives_float32_tables(precision: Precision) -> None:
+    given = {"labels": torch.tensor(LABELS), "timesteps": torch.tensor(TIMESTEPS)}
+    expected = run(Conditioning(FAMILY, GUIDED), given)
+    found = run(Conditioning(LOWERED[precision], GUIDED), given)
+    assert {table.dtype for table in found.values()} == {torch.float32}
+    worst = max(relative(found[name], table) for name, table in expected.items())
+    assert 1e-5 < worst < HALF_BOUND[precision]
+
+
+@pytest.mark.parametrize("precision", HALF_BOUND)
+def test_caches_have_the_compute_dtype_and_all_else_is_float32(precision: Precision) -> None:
+    family = LOWERED[precision]
+    for forward in (Full, Front, Deep, Tokens, Reuse):
+        module = forward(family, GUIDED)
+        dtypes = {spec.name: spec.dtype for spec in (*module.inputs, *module.outputs) if spec.dtype != "int64"}
+        halves = {name for name, dtype in dtypes.items() if dtype != "float32"}
+        assert halves == {name for name in dtypes if "_cache." in name}
+        assert {dtypes[name] for name in halves} == {PRECISIONS[precision]}
+
+
+@pytest.mark.parametrize("precision", HALF_BOUND)
+def test_lowering_leaves_the_family_that_was_lowered_as_it_was(precision: Precision) -> None:
+    family = LOWERED[precision]
+    assert (FAMILY.compute_dtype, family.compute_dtype) == (torch.float32, DTYPES[PRECISIONS[precision]])
+    assert {weight.dtype for weight in FAMILY.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in family.blocks.parameters()} == {family.compute_dtype}
+
+
+# what the blocks share
+
+
+def _with_embedders_of(blocks: dict[int, int]) -> Any:
+    """Make a model some of whose blocks have the embedder of another."""
+    transformer = tiny_dit()
+    for block, source in blocks.items():
+        embedder = transformer.transformer_blocks[block].norm1.emb
+        embedder.load_state_dict(transformer.transformer_blocks[source].norm1.emb.state_dict())
+    return transformer
+
+
+@pytest.mark.parametrize(
+    ("copies", "num_kept", "embedder_of"),
+    [
+        ({}, 4, [0, 1, 2, 3]),
+        ({1: 0, 2: 0, 3: 0}, 1, [0, 0, 0, 0]),  # as converted checkpoints have it
+        ({3: 1}, 3, [0, 1, 2, 1]),
+    ],
+)
+def test_equal_embedders_are_kept_once_and_others_apart(
+    copies: dict[int, int], num_kept: int, embedder_of: list[int]
+) -> None:
+    transformer = _with_embedders_of(copies)
+    family = open_transformer(transformer)
+    assert isinstance(family, DiT)
+    assert (len(family.embedders), family.embedder_of) == (num_kept, embedder_of)
+    # diffusers runs the embedder of every block
+    config = ForwardConfig(is_guided=False, state_rows=1)
+    tensors = given_tensors(family, config)
+    with torch.inference_mode():
+        timesteps = torch.full((BATCH,), TIMESTEPS[0])
+        output = transformer(tensors["state"][0], timestep=timesteps, class_labels=torch.tensor(LABELS)).sample
+    assert relative(run(Full(family, config), tensors)["next_state"][0], output[:, : family.latent_shape[0]]) < RELATIVE
+
+
+@pytest.mark.parametrize("part", ["timestep_embedder.linear_1.bias", "class_embedder.embedding_table.weight"])
+def test_embedders_that_differ_in_one_number_are_kept_apart(part: str) -> None:
+    transformer = _with_embedders_of({1: 0, 2: 0, 3: 0})
+    with torch.no_grad():
+        transformer.transformer_blocks[2].norm1.emb.get_parameter(part).view(-1)[-1] += 1e-3
+    family = open_transformer(transformer)
+    assert isinstance(family, DiT)
+    assert family.embedder_of == [0, 0, 1, 0]
+
+
 # what the forwards declare
 
 
@@ -378,20 +509,25 @@ CONFIGS: Final = {
 FORWARDS_OF_CONFIGS: Final = [
     (name, forward)
     for name, config in CONFIGS.items()
-    for forward in (Full, Deep, Tokens, Reuse)
-    if (forward is not Deep or config.deep_start is not None) and (forward is not Tokens or config.selector is not None)
+    for forward in (Full, Front, Deep, Tokens, Reuse)
+    if (forward not in (Front, Deep) or config.deep_start is not None)
+    and (forward is not Tokens or config.selector is not None)
 ]
+FAMILIES: Final[dict[Precision, Family]] = {"fp32": FAMILY, **LOWERED}
 
 
+@pytest.mark.parametrize("precision", FAMILIES)
 @pytest.mark.parametrize(
     ("name", "forward"),
     FORWARDS_OF_CONFIGS,
     ids=[f"{kind.__name__}, {name}" for name, kind in FORWARDS_OF_CONFIGS],
 )
-def test_a_forward_reads_and_writes_exactly_what_it_declares(name: str, forward: type[StepForward]) -> None:
-    config = CONFIGS[name]
-    tensors = with_slots(stale_tensors(FAMILY, config), 3)
-    module = forward(FAMILY, config)
+def test_a_forward_reads_and_writes_exactly_what_it_declares(
+    name: str, forward: type[StepForward], precision: Precision
+) -> None:
+    config, family = CONFIGS[name], FAMILIES[precision]
+    tensors = as_stored(with_slots(stale_tensors(FAMILY, config), 3), family.compute_dtype)
+    module = forward(family, config)
     symbols = {"B": BATCH, "R": BATCH * config.rows_per_image, "K": 3}
     given = Recording({spec.name: tensors[spec.name] for spec in module.inputs})
     with torch.inference_mode():
@@ -422,9 +558,10 @@ def _assert_shapes(specs: tuple[TensorSpec, ...], tensors: Tensors, symbols: dic
     assert found == {spec.name: (spec.resolve(symbols), DTYPES[spec.dtype]) for spec in specs}
 
 
+@pytest.mark.parametrize("precision", FAMILIES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_graphs_of_the_strategies_are_those_of_the_modules(name: str) -> None:
-    config = CONFIGS[name]
+def test_the_graphs_of_the_strategies_are_those_of_the_modules(name: str, precision: Precision) -> None:
+    config, family = CONFIGS[name], FAMILIES[precision]
     pipeline = Pipeline(
         model=ModelIdentity("dit", "tiny", "00" * 32, FAMILY.latent_shape),
         guidance="classifier_free" if config.is_guided else "none",
@@ -438,9 +575,10 @@ def test_the_graphs_of_the_strategies_are_those_of_the_modules(name: str) -> Non
         labels={"0": "zero"},
         image_shape=(16, 16, 3),
     )
-    graphs = graph_specs(pipeline, has_decoder=False)
-    modules: dict[str, NamedModule] = {"conditioning": Conditioning(FAMILY, config)}
-    modules |= {kind.value: FORWARDS[kind](FAMILY, config) for kind in Forward if kind.value in graphs}
+    graphs = graph_specs(pipeline, has_decoder=False, precision=precision)
+    modules: dict[str, NamedModule] = {"conditioning": Conditioning(family, config)}
+    modules |= {kind.value: FORWARDS[kind](family, config) for kind in Forward if kind.value in graphs}
+    modules |= {FRONT: Front(family, config)} if FRONT in graphs else {}
     assert graphs.keys() == modules.keys()
     for kind, module in modules.items():
         assert graphs[kind].inputs == module.inputs

@@ -16,13 +16,16 @@ from hemiola_runtime.errors import BundleError, ScheduleError
 from hemiola_runtime.manifest import (
     GRAPHS_FILE,
     MANIFEST_FILE,
+    PRECISIONS,
     BackendSpec,
     EngineSpec,
     FileSpec,
+    Graphs,
     GraphSet,
     GraphSpec,
     Manifest,
     Pipeline,
+    Profile,
     TensorSpec,
     WeightSpec,
     read_graph_set,
@@ -62,16 +65,20 @@ GRAPH: Final = GraphSpec(
     activation_bytes_per_row=4096,
 )
 
+PROFILES: Final = (Profile({"B": (1, 1, 1)}), Profile({"B": (2, 8, 8)}))
+
 MANIFEST: Final = Manifest(
-    schema=1,
-    backend=BackendSpec("onnxruntime", "1.23.0"),
+    schema=2,
+    backend=BackendSpec("tensorrt", "10.13.3", "NVIDIA L4", ("8.9",)),
     pipeline=PIPELINE,
-    precision="fp32",
+    precision="fp16",
     max_batch_size=8,
     engines={
-        "conditioning": EngineSpec(replace(GRAPH, name="conditioning"), "ef" * 32),
-        "full": EngineSpec(GRAPH, "cd" * 32),
+        "conditioning": EngineSpec(replace(GRAPH, name="conditioning"), "ef" * 32, ()),
+        "front": EngineSpec(replace(GRAPH, name="front"), "cd" * 32, PROFILES),
+        "deep": EngineSpec(replace(GRAPH, name="deep"), "ab" * 32, PROFILES),
     },
+    forwards={"full": ("front", "deep"), "deep": ("deep",)},
     schedules={"full": "schedules/full.json"},
     solvers={SCHEDULE.scheduler.digest: "solvers/DDIM-8.json"},
     files={
@@ -81,17 +88,21 @@ MANIFEST: Final = Manifest(
         "solvers/DDIM-8.json": FileSpec("45" * 32, 20),
     },
     parity={"full": 1e-6},
+    forward_parity={"full": 1e-3, "deep": 2e-3},
     made_by=MADE_BY,
 )
 
 GRAPH_SET: Final = GraphSet(
-    schema=1,
+    schema=2,
     pipeline=PIPELINE,
-    precision="fp32",
-    graphs={"full": replace(GRAPH, file="full.onnx")},
-    weights_sha256="01" * 32,
+    format="onnx",
+    precisions={
+        "fp32": Graphs({"full": replace(GRAPH, file="fp32/full.onnx")}, "01" * 32),
+        "bf16": Graphs({"full": replace(GRAPH, file="bf16/full.onnx")}, "67" * 32),
+    },
     schedules=MANIFEST.schedules,
     solvers=MANIFEST.solvers,
+    has_reference=True,
     made_by=MADE_BY,
 )
 
@@ -122,13 +133,30 @@ def test_the_golden_graph_set_keeps_loading() -> None:
     assert read_graph_set(GOLDEN) == GRAPH_SET
 
 
-@pytest.mark.parametrize(
-    ("read", "name", "mend"),
-    [
-        (read_manifest, MANIFEST_FILE, "`hemiola build` writes bundles"),
-        (read_graph_set, GRAPHS_FILE, "`hemiola export` writes such folders"),
-    ],
-)
+READERS: Final = [
+    (read_manifest, MANIFEST_FILE, "`hemiola build` writes bundles"),
+    (read_graph_set, GRAPHS_FILE, "`hemiola export` writes such folders"),
+]
+
+
+@pytest.mark.parametrize(("read", "name", "mend"), READERS)
+def test_a_file_of_schema_1_is_refused_with_the_command_that_writes_it_anew(
+    read: Callable[[Path], object], name: str, mend: str
+) -> None:
+    assert json.loads((GOLDEN / "schema_1" / name).read_text())["schema"] == 1
+    with pytest.raises(BundleError) as caught:
+        read(GOLDEN / "schema_1")
+    assert str(caught.value).startswith(name)
+    assert mend in str(caught.value)
+
+
+@pytest.mark.parametrize(("read", "name", "mend"), READERS)
+def test_a_file_of_schema_1_is_refused_by_its_schema(read: Callable[[Path], object], name: str, mend: str) -> None:
+    with pytest.raises(BundleError, match=rf"{name}.*schema.* 1\b"):
+        read(GOLDEN / "schema_1")
+
+
+@pytest.mark.parametrize(("read", "name", "mend"), READERS)
 def test_a_folder_without_its_description_is_refused_with_the_command_that_makes_one(
     read: Callable[[Path], object], name: str, mend: str, tmp_path: Path
 ) -> None:
@@ -139,31 +167,45 @@ def test_a_folder_without_its_description_is_refused_with_the_command_that_makes
 
 
 REFUSED: list[tuple[list[str | int], Any, str]] = [
-    (["schema"], 0, "manifest.json.schema: expected one of 1, found 0"),
+    (["schema"], 1, "manifest.json.schema: expected one of 2, found 1"),
+    (["schema"], 3, "manifest.json.schema: expected one of 2, found 3"),
     (["surprise"], 1, "manifest.json: unknown key 'surprise'"),
     (["pipeline", "surprise"], 1, "manifest.json.pipeline: unknown key 'surprise'"),
-    (["precision"], "int8", "manifest.json.precision: expected one of 'fp32', found \"int8\""),
+    (["precision"], "int8", "manifest.json.precision: expected one of 'fp32', 'fp16', 'bf16', found \"int8\""),
     (["max_batch_size"], 0, "manifest.json: max_batch_size is 1 or more, not 0"),
     (["max_batch_size"], 1.5, "manifest.json.max_batch_size: expected an integer, found 1.5"),
     (["backend", "version"], 1, "manifest.json.backend.version: expected a string, found 1"),
+    (["backend", "gpu"], 0, "manifest.json.backend.gpu: expected a string, found 0"),
+    (["backend", "compute_capabilities"], "8.9", "manifest.json.backend.compute_capabilities: expected a list"),
+    (["backend", "compute_capabilities", 0], 8.9, "backend.compute_capabilities[0]: expected a string, found 8.9"),
     (["pipeline", "guidance"], "some", "manifest.json.pipeline.guidance: expected one of 'classifier_free', 'none'"),
     (["pipeline", "labels", "0"], 0, "manifest.json.pipeline.labels.0: expected a string, found 0"),
     (["pipeline", "image_shape"], [16, 16], "manifest.json.pipeline.image_shape: expected a list of 3"),
     (["pipeline", "selector", "score"], "luck", "manifest.json.pipeline.selector.score: expected one of"),
-    (["engines", "full", "graph", "inputs", 0, "dtype"], "bf16", "engines.full.graph.inputs[0].dtype: expected one of"),
-    (["engines", "full", "graph", "inputs", 0, "shape", 1], 1.5, "engines.full.graph.inputs[0].shape[1]: expected"),
-    (["engines", "full", "graph", "weights", 0, "offset"], "0", "engines.full.graph.weights[0].offset: expected an i"),
-    (["engines", "full", "graph", "file"], "full.onnx", "'full.onnx' is used but has no digest in `files`"),
+    (["engines", "deep", "graph", "inputs", 0, "dtype"], "bf16", "engines.deep.graph.inputs[0].dtype: expected one of"),
+    (["engines", "deep", "graph", "inputs", 0, "shape", 1], 1.5, "engines.deep.graph.inputs[0].shape[1]: expected"),
+    (["engines", "deep", "graph", "weights", 0, "offset"], "0", "engines.deep.graph.weights[0].offset: expected an i"),
+    (["engines", "deep", "graph", "file"], "full.onnx", "'full.onnx' is used but has no digest in `files`"),
     (["schedules", "fast"], "schedules/fast.json", "'schedules/fast.json' is used but has no digest in `files`"),
     (["solvers", "00"], "solvers/other.json", "'solvers/other.json' is used but has no digest in `files`"),
     (["schedules"], {}, "there is no schedule `full`"),
+    (["forwards", "full", 1], "back", "manifest.json: there is no engine back"),
+    (["forwards", "reuse"], ["reuse"], "manifest.json: there is no engine reuse"),
+    (["forwards", "shallow"], ["front"], "manifest.json: shallow is no forward"),
+    (["forwards", "front"], ["front"], "manifest.json: front is no forward"),
+    (["forwards", "deep"], [], "manifest.json: a forward, `full` or another, has no engine"),
+    (["forwards"], {"deep": ["deep"]}, "manifest.json: a forward, `full` or another, has no engine"),
+    (["forwards", "full"], "front", 'manifest.json.forwards.full: expected a list, found "front"'),
+    (["forward_parity", "full"], None, "manifest.json.forward_parity.full: expected a finite number"),
+    (["engines", "deep", "profiles", 0, "sides", "B"], [1, 2], "profiles[0].sides.B: expected a list of 3"),
+    (["engines", "deep", "profiles", 1, "sides", "B"], [2, 1, 8], "profiles[1]: B = 2 ≤ 1 ≤ 8 is no side of a prof"),
     (["files", "engines/weights.bin"], None, "manifest.json.files.engines/weights.bin: expected an object"),
     (["parity", "full"], "good", "manifest.json.parity.full: expected a finite number"),
 ]
 
 
-def _changed(path: list[str | int], value: Any) -> Any:
-    data: Any = json.loads(json.dumps(encode(MANIFEST)))
+def _changed(path: list[str | int], value: Any, of: Manifest | GraphSet = MANIFEST) -> Any:
+    data: Any = json.loads(json.dumps(encode(of)))
     place = data
     for key in path[:-1]:
         place = place[key]
@@ -179,6 +221,69 @@ def test_an_invalid_manifest_is_refused_with_the_place(
         read_manifest(written(_changed(path, value), tmp_path))
     assert message in str(caught.value)
     assert "`hemiola build` writes bundles" in str(caught.value)
+
+
+def test_a_bundle_without_conditioning_is_refused(tmp_path: Path) -> None:
+    engines = {name: encode(engine) for name, engine in MANIFEST.engines.items() if name != "conditioning"}
+    with pytest.raises(BundleError, match="there is no engine conditioning"):
+        read_manifest(written(_changed(["engines"], engines), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["precisions"], {}, "graphs.json: graphs are fp32, fp16, bf16, not of no precision"),
+        (["precisions", "int8"], encode(GRAPH_SET.precisions["fp32"]), "fp32, fp16, bf16, not fp32, bf16, int8"),
+        (["precisions", "bf16", "graphs", "full", "file"], "../full.onnx", "the path '../full.onnx' leaves the bundle"),
+        (["precisions", "bf16"], None, "graphs.json.precisions.bf16: expected an object, found null"),
+        (["schedules", "full"], "/full.json", "the path '/full.json' leaves the bundle"),
+        (["format"], "jax", "graphs.json.format: expected one of 'onnx', "),
+        (["has_reference"], 1, "graphs.json.has_reference: expected true or false, found 1"),
+    ],
+)
+def test_an_invalid_graph_set_is_refused_with_the_place(
+    path: list[str | int], value: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError) as caught:
+        read_graph_set(written(_changed(path, value, GRAPH_SET), tmp_path, GRAPHS_FILE))
+    assert message in str(caught.value)
+    assert "`hemiola export` writes such folders" in str(caught.value)
+
+
+@pytest.mark.parametrize("sides", [(1, 1, 1), (1, 1, 8), (1, 8, 8), (2, 5, 8)])
+@pytest.mark.parametrize("symbol", ["B", "K", "T"])
+def test_a_profile_covers_from_its_smallest_to_its_largest_number(symbol: str, sides: tuple[int, int, int]) -> None:
+    profile = Profile({symbol: sides})
+    others = {"B": 99, "K": 0, "T": 99}  # sides that the profile does not have may be anything
+    covered = [number for number in range(12) if profile.covers(others | {symbol: number})]
+    assert covered == list(range(sides[0], sides[2] + 1))
+
+
+def test_a_profile_covers_sizes_only_if_it_covers_each_of_them() -> None:
+    profile = Profile({"B": (1, 2, 4), "K": (8, 8, 16)})
+    assert profile.covers({"B": 4, "K": 8, "T": 50})
+    assert not profile.covers({"B": 5, "K": 8, "T": 50})
+    assert not profile.covers({"B": 4, "K": 17, "T": 50})
+
+
+@pytest.mark.parametrize(
+    ("symbol", "sides", "message"),
+    [
+        ("B", (0, 1, 1), "B = 0 ≤ 1 ≤ 1 is no side of a profile"),
+        ("K", (2, 1, 3), "K = 2 ≤ 1 ≤ 3 is no side"),
+        ("T", (1, 4, 3), "T = 1 ≤ 4 ≤ 3 is no side"),
+        ("R", (1, 1, 2), "R = 1 ≤ 1 ≤ 2 is no side"),
+        ("TR", (1, 1, 2), "TR = 1 ≤ 1 ≤ 2 is no side"),
+    ],
+)
+def test_a_profile_with_bounds_that_are_none_is_refused(symbol: str, sides: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Profile({"B": (1, 1, 1), symbol: sides})
+
+
+def test_every_precision_has_a_dtype_of_its_size() -> None:
+    sizes = {name: TensorSpec("x", dtype, (3,)).num_bytes({}) for name, dtype in PRECISIONS.items()}
+    assert sizes == {"fp32": 12, "fp16": 6, "bf16": 6}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +392,7 @@ def test_the_size_of_a_tensor_follows_from_its_dtype(spec: TensorSpec, num_bytes
     assert spec.num_bytes({"B": 3}) == num_bytes
 
 
-@pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 24), ("int64", 48)])
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 24), ("float16", 12), ("bfloat16", 12), ("int64", 48)])
 def test_the_size_of_a_weight_follows_from_its_dtype(dtype: Any, num_bytes: int) -> None:
     assert WeightSpec("w", dtype, (2, 3), 0).num_bytes == num_bytes
 
@@ -403,9 +508,15 @@ def test_all_tokens_of_an_image_can_be_recomputed() -> None:
         replace(PIPELINE, num_tokens=15).check_schedule(replace(SCHEDULE, steps=steps), ALL_FORWARDS)
 
 
-def test_the_forwards_are_the_engines_that_run_a_step() -> None:
-    engines = dict.fromkeys(("conditioning", "full", "reuse", "vae_decoder"), MANIFEST.engines["full"])
-    assert replace(MANIFEST, engines=engines).forwards == {"full", "reuse"}
+@pytest.mark.parametrize(
+    ("weights", "is_beside"), [((), False), (GRAPH.weights, True)], ids=["within the engines", "in a file"]
+)
+def test_weights_lie_beside_the_engines_if_any_of_them_reads_them_there(
+    weights: tuple[WeightSpec, ...], is_beside: bool
+) -> None:
+    bare = {name: replace(e, graph=replace(e.graph, weights=())) for name, e in MANIFEST.engines.items()}
+    deep = replace(bare["deep"], graph=replace(GRAPH, weights=weights))
+    assert replace(MANIFEST, engines=bare | {"deep": deep}).uses_weight_file is is_beside
 
 
 def test_the_solver_table_is_found_by_the_digest_of_the_scheduler() -> None:

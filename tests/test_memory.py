@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from hemiola_runtime.errors import CapacityError
-from hemiola_runtime.manifest import EngineSpec, Manifest, read_manifest
+from hemiola_runtime.manifest import EngineSpec, FileSpec, Manifest, WeightSpec, read_manifest
 from hemiola_runtime.memory import MemoryPlan, available_host_bytes, plan_memory
 
 MANIFEST: Final = read_manifest(Path(__file__).parent / "golden")  # guided, up to 8 images, one engine of 4096 a row
@@ -38,13 +38,28 @@ def test_a_plan_that_fits_or_cannot_be_judged_passes(available_bytes: int | None
         replace(PLAN, weights_bytes=100_001).check(110_000)
 
 
+@pytest.mark.parametrize("available_bytes", [10_000, None])
+def test_once_the_weights_are_loaded_only_workspaces_must_fit(available_bytes: int | None) -> None:
+    PLAN.check_workspaces(available_bytes)  # 4 · (2,000 + 500)
+    with pytest.raises(CapacityError) as caught:
+        PLAN.check_workspaces(9_999)
+    assert f"the bundle needs {PLAN}, but 10.0 kB are free (the weights are loaded)" in str(caught.value)
+    assert "Lower max_concurrency" in str(caught.value)
+
+
+def test_what_engines_ask_for_takes_the_place_of_the_estimate() -> None:
+    plan = PLAN.with_activation(7_000)
+    assert plan == MemoryPlan(100_000, 2_000, 7_000, 4)
+    assert plan.total_bytes == 100_000 + 4 * 9_000
+
+
 def _with_engines(manifest: Manifest, bytes_per_row: dict[str, int]) -> Manifest:
-    graph = manifest.engines["full"].graph
+    graph = manifest.engines["deep"].graph
     engines = {
-        name: EngineSpec(replace(graph, name=name, activation_bytes_per_row=size), "00" * 32)
+        name: EngineSpec(replace(graph, name=name, activation_bytes_per_row=size), "00" * 32, ())
         for name, size in bytes_per_row.items()
     }
-    return replace(manifest, engines=engines)
+    return replace(manifest, engines=engines, forwards={"full": ("full",)})
 
 
 @pytest.mark.parametrize(
@@ -60,8 +75,42 @@ def test_activations_are_those_of_the_largest_engine_at_the_largest_batch(
 ) -> None:
     manifest = _with_engines(MANIFEST, {"full": 5000, "reuse": 300, "conditioning": 4999})
     manifest = replace(manifest, max_batch_size=max_batch_size, pipeline=replace(manifest.pipeline, guidance=guidance))
-    plan = plan_memory(manifest, weights_bytes=7, workspace_bytes=11, max_concurrency=3)
-    assert plan == MemoryPlan(7, 11, activation_bytes, 3)
+    plan = plan_memory(manifest, workspace_bytes=11, max_concurrency=3)
+    assert plan == MemoryPlan(4352, 11, activation_bytes, 3)  # the golden manifest's weight file
+
+
+WEIGHTS: Final = {  # engine → the weights that it reads, as bytes and place; `front` and `deep` share the second
+    "conditioning": (WeightSpec("a", "float32", (10,), 0),),
+    "front": (WeightSpec("a", "float32", (10,), 0), WeightSpec("b", "float16", (100,), 256)),
+    "deep": (WeightSpec("b", "float16", (100,), 256),),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_in_file", "weights_bytes"),
+    [
+        ("onnxruntime", True, 456),  # the file, mapped once
+        ("onnxruntime_cuda", True, 40 + 240 + 200),  # a copy for each engine
+        ("tensorrt", False, 1000 + 2000 + 3000),  # the engines' own files
+    ],
+)
+def test_weights_are_counted_where_they_lie(backend: str, is_in_file: bool, weights_bytes: int) -> None:
+    engines = {
+        name: replace(
+            engine,
+            graph=replace(engine.graph, file=f"engines/{name}", weights=WEIGHTS[name] if is_in_file else ()),
+        )
+        for name, engine in MANIFEST.engines.items()
+    }
+    sizes = {"conditioning": 1000, "front": 2000, "deep": 3000, "weights.bin": 456}
+    files = {f"engines/{name}": FileSpec("00" * 32, size) for name, size in sizes.items()}
+    manifest = replace(
+        MANIFEST,
+        backend=replace(MANIFEST.backend, name=backend),
+        engines=engines,
+        files=MANIFEST.files | files,
+    )
+    assert plan_memory(manifest, workspace_bytes=0, max_concurrency=1).weights_bytes == weights_bytes
 
 
 def _file_of(text: str) -> Callable[..., str]:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -11,13 +12,22 @@ from hypothesis import given
 from numpy.typing import NDArray
 
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.manifest import CONDITIONING, STEP_TABLE, VAE_DECODER, GraphSpec, Pipeline
+from hemiola_runtime.errors import ScheduleError
+from hemiola_runtime.manifest import (
+    CONDITIONING,
+    PRECISIONS,
+    STEP_TABLE,
+    VAE_DECODER,
+    GraphSpec,
+    Pipeline,
+    Precision,
+    Profile,
+)
 from hemiola_runtime.program import SOLVER, Launch, Placed, Program, lower
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,
     REUSE,
-    Forward,
     FoundBy,
     ModelIdentity,
     Schedule,
@@ -26,16 +36,17 @@ from hemiola_runtime.schedule import (
     tokens,
 )
 from hemiola_runtime.solver_table import SolverTable
-from strategies import Lowerable, examples, graph_specs, lowerables
+from strategies import Lowerable, examples, graph_specs, lowerables, manifest_of
 
 Array = NDArray[np.float64]
 
-WORD: Final = 4  # bytes; the smallest element of a tensor
+WORD: Final = 2  # bytes; the smallest element of a tensor
+WORDS: Final = {"float32": 2, "float16": 1, "bfloat16": 1, "int64": 4}
 ALIGNMENT: Final = 256  # bytes; what TensorRT asks of every address that is bound
 
 
 def lowered(parts: Lowerable) -> Program:
-    return lower(parts.pipeline, parts.graphs, parts.schedule, parts.table, parts.batch_size)
+    return lower(parts.manifest, parts.schedule, parts.table, parts.batch_size)
 
 
 def overlap(a: Placed, b: Placed) -> bool:
@@ -73,8 +84,7 @@ PIPELINE: Final = Pipeline(
 STEPS: Final = (FULL, REUSE, tokens(4), DEEP, tokens(7), tokens(4))
 SCHEDULER: Final = SchedulerIdentity("DDIMScheduler", {}, 6, (900.0, 750.0, 600.0, 450.0, 300.0, 150.0))
 EXAMPLE: Final = Lowerable(
-    pipeline=PIPELINE,
-    graphs=graph_specs(PIPELINE, has_decoder=True),
+    manifest=manifest_of(PIPELINE, graph_specs(PIPELINE, has_decoder=True)),
     schedule=Schedule(
         1,
         MODEL,
@@ -96,6 +106,23 @@ EXAMPLE: Final = Lowerable(
     ),
     batch_size=3,
 )
+
+
+SEGMENTED: Final = replace(
+    EXAMPLE, manifest=manifest_of(PIPELINE, graph_specs(PIPELINE, has_decoder=True), is_segmented=True)
+)
+
+
+def with_graph(parts: Lowerable, graph: GraphSpec) -> Lowerable:
+    """Return the parts with another graph in an engine."""
+    engine = replace(parts.manifest.engines[graph.name], graph=graph)
+    return replace(parts, manifest=replace(parts.manifest, engines={**parts.manifest.engines, graph.name: engine}))
+
+
+def with_profiles(parts: Lowerable, engine: str, *profiles: Profile) -> Lowerable:
+    """Return the parts with one engine tuned for some sizes."""
+    tuned = replace(parts.manifest.engines[engine], profiles=profiles)
+    return replace(parts, manifest=replace(parts.manifest, engines={**parts.manifest.engines, engine: tuned}))
 
 
 def constant_at(program: Program, place: Placed) -> tuple[float, ...]:
@@ -153,8 +180,7 @@ def test_without_guidance_a_request_writes_state_and_labels() -> None:
     pipeline = replace(PIPELINE, guidance="none")
     parts = replace(
         EXAMPLE,
-        pipeline=pipeline,
-        graphs=graph_specs(pipeline, has_decoder=True),
+        manifest=manifest_of(pipeline, graph_specs(pipeline, has_decoder=True)),
         schedule=replace(EXAMPLE.schedule, guidance="none"),
     )
     assert set(lowered(parts).inputs) == {"state", "labels"}
@@ -169,8 +195,7 @@ def test_the_latents_are_row_0_of_the_last_state() -> None:
 
 
 def test_without_a_decoder_there_are_no_images() -> None:
-    graphs = {name: graph for name, graph in EXAMPLE.graphs.items() if name != VAE_DECODER}
-    program = lowered(replace(EXAMPLE, graphs=graphs))
+    program = lowered(replace(EXAMPLE, manifest=manifest_of(PIPELINE, graph_specs(PIPELINE, has_decoder=False))))
     assert program.images is None
     assert program.launches[-1].engine == "tokens"
 
@@ -189,14 +214,132 @@ def test_a_cache_that_is_written_but_not_read_stays_in_its_place() -> None:
 def test_a_forward_that_reads_what_nothing_writes_is_a_fault_of_ours() -> None:
     full = EXAMPLE.graphs["full"]
     outputs = tuple(spec for spec in full.outputs if spec.name != "next_mlp_cache.1")
-    graphs = EXAMPLE.graphs | {"full": replace(full, outputs=outputs)}
     with pytest.raises(AssertionError, match=r"step 1: `reuse` reads mlp_cache\.1, which nothing has written"):
-        lowered(replace(EXAMPLE, graphs=graphs))
+        lowered(with_graph(EXAMPLE, replace(full, outputs=outputs)))
 
 
-def test_a_placed_tensor_knows_its_size() -> None:
-    place = Placed(512, (2, 3), "int64")
-    assert (place.num_bytes, place.end) == (2 * 3 * 8, 512 + 48)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("int64", 8)])
+def test_a_placed_tensor_knows_its_size(dtype: Any, size: int) -> None:
+    place = Placed(512, (2, 3), dtype)
+    assert (place.num_bytes, place.end) == (2 * 3 * size, 512 + 6 * size)
+
+
+# engines in a chain
+
+
+def test_a_forward_of_two_engines_is_two_launches_of_one_step() -> None:
+    launches = [(launch.engine, launch.step) for launch in lowered(SEGMENTED).launches]
+    assert launches == [
+        ("conditioning", None),
+        ("front", 0),
+        ("deep", 0),
+        ("reuse", 1),
+        ("tokens", 2),
+        ("deep", 3),  # alone: its step takes the shallow blocks from the cache
+        ("tokens", 4),
+        ("tokens", 5),
+        ("vae_decoder", None),
+    ]
+
+
+def test_a_chain_reads_and_writes_the_tensors_of_the_engine_that_it_replaces() -> None:
+    full = step_launches(lowered(EXAMPLE))[0]
+    front, deep = step_launches(lowered(SEGMENTED))[:2]
+    handed_on = {f"{branch}_cache.{block}" for block in (0, 1) for branch in ("attention", "mlp")}
+    assert {name: deep.tensors[name] for name in handed_on} == {
+        name: front.tensors[f"next_{name}"] for name in handed_on
+    }
+    chain = {name: place for name, place in {**front.tensors, **deep.tensors}.items() if name not in handed_on}
+    described = {name: (place.shape, place.dtype) for name, place in chain.items()}
+    assert described == {name: (place.shape, place.dtype) for name, place in full.tensors.items()}
+
+
+def test_only_the_last_engine_of_a_chain_moves_the_state_on() -> None:
+    front, deep, reuse = step_launches(lowered(SEGMENTED))[:3]
+    assert front.tensors["state"] == deep.tensors["state"]
+    assert "next_state" not in front.tensors
+    assert deep.tensors["next_state"] == reuse.tensors["state"] != deep.tensors["state"]
+
+
+def test_a_chain_costs_no_more_memory_than_one_engine() -> None:
+    assert lowered(SEGMENTED).num_bytes == lowered(EXAMPLE).num_bytes
+    assert lowered(SEGMENTED).staged_bytes == lowered(EXAMPLE).staged_bytes
+    assert lowered(SEGMENTED).inputs == lowered(EXAMPLE).inputs
+
+
+# sizes and the profiles that must cover them
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_launch_tells_the_number_behind_each_symbol(batch_size: int) -> None:
+    launches = lowered(replace(SEGMENTED, batch_size=batch_size)).launches
+    sizes = [(launch.sizes["B"], launch.sizes["K"], launch.sizes["T"]) for launch in launches]
+    selected = [0, 0, 0, 0, 4, 0, 7, 4, 0]
+    assert sizes == [(batch_size, count, 6) for count in selected]
+
+
+def test_a_larger_batch_takes_more_memory_and_has_the_same_launches() -> None:
+    programs = [lowered(replace(EXAMPLE, batch_size=size)) for size in (1, 2, 3)]
+    assert [program.num_bytes for program in programs] == sorted({program.num_bytes for program in programs})
+    launches = [[(launch.engine, launch.step) for launch in program.launches] for program in programs]
+    assert launches == [launches[0]] * 3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_caches_take_half_the_memory_and_the_state_all_of_it(precision: Precision) -> None:
+    graphs = graph_specs(PIPELINE, has_decoder=True, precision=precision)
+    half = lowered(replace(EXAMPLE, manifest=manifest_of(PIPELINE, graphs, precision=precision)))
+    whole = lowered(EXAMPLE)
+    # 4 blocks · 2 branches of (R, N, D) = (6, 16, 32), and a second place for the MLPs of blocks 2 and 3
+    assert whole.num_bytes - half.num_bytes == (4 * 2 + 2) * 6 * 16 * 32 * 2
+    cache = half.launches[1].tensors["next_mlp_cache.0"]
+    assert (cache.dtype, cache.num_bytes) == (PRECISIONS[precision], 6 * 16 * 32 * 2)
+    assert half.inputs["state"].dtype == half.latents.dtype == "float32"
+
+
+COVERED: Final = Profile({"B": (1, 2, 3), "K": (4, 4, 7)})
+
+
+@pytest.mark.parametrize(
+    "profiles",
+    [
+        (),  # of a backend that takes all sizes alike
+        (COVERED,),
+        (Profile({"B": (3, 3, 3), "K": (4, 4, 4)}), Profile({"B": (3, 3, 3), "K": (7, 7, 7)})),  # each step its own
+        (Profile({}),),
+    ],
+)
+def test_an_engine_runs_the_sizes_that_one_of_its_profiles_covers(profiles: tuple[Profile, ...]) -> None:
+    parts = with_profiles(EXAMPLE, "tokens", *profiles)
+    assert lowered(parts).launches == lowered(EXAMPLE).launches
+
+
+REFUSED: list[tuple[str, tuple[Profile, ...], str]] = [
+    (
+        "tokens",
+        (Profile({"B": (1, 1, 2), "K": (4, 7, 7)}),),
+        "`tokens` with B = 3, K = 4, but the engine was built for B = 1 … 2, K = 4 … 7 (B images",
+    ),
+    ("tokens", (Profile({"B": (1, 1, 4), "K": (4, 4, 6)}),), "`tokens` with B = 3, K = 7, but"),  # the step of 7
+    (
+        "tokens",
+        (Profile({"B": (1, 1, 2), "K": (1, 7, 9)}), Profile({"B": (1, 3, 3), "K": (8, 8, 8)})),
+        "B = 1 … 2, K = 1 … 9; B = 1 … 3, K = 8 … 8 (B images",
+    ),  # neither covers both
+    ("conditioning", (Profile({"B": (1, 1, 3), "T": (8, 8, 8)}),), "`conditioning` with B = 3, T = 6, but the engine"),
+    ("deep", (Profile({"B": (4, 4, 4)}),), "`deep` with B = 3, but the engine was built for B = 4 … 4 (B images"),
+    ("vae_decoder", (Profile({"B": (1, 1, 1)}),), "`vae_decoder` with B = 3, but"),
+]
+
+
+@pytest.mark.parametrize(("engine", "profiles", "message"), REFUSED, ids=[message[:30] for *_, message in REFUSED])
+@pytest.mark.parametrize("parts", [EXAMPLE, SEGMENTED], ids=["separate", "segmented"])
+def test_a_schedule_of_sizes_that_an_engine_was_not_built_for_is_refused_with_both(
+    parts: Lowerable, engine: str, profiles: tuple[Profile, ...], message: str
+) -> None:
+    with pytest.raises(ScheduleError, match=re.escape(message)) as caught:
+        lowered(with_profiles(parts, engine, *profiles))
+    assert "Export with this schedule among the others, and build again" in str(caught.value)
 
 
 # laws of every program
@@ -205,9 +348,9 @@ def test_a_placed_tensor_knows_its_size() -> None:
 @examples(40)
 @given(parts=lowerables())
 def test_the_forwards_that_run_are_those_of_the_schedule(parts: Lowerable) -> None:
-    launches = step_launches(lowered(parts))
-    assert [launch.step for launch in launches] == list(range(len(parts.schedule.steps)))
-    assert [Forward(launch.engine) for launch in launches] == [step.forward for step in parts.schedule.steps]
+    chains = [parts.manifest.forwards[step.forward.value] for step in parts.schedule.steps]
+    ran = [(launch.step, launch.engine) for launch in step_launches(lowered(parts))]
+    assert ran == [(i, engine) for i, chain in enumerate(chains) for engine in chain]
 
 
 @examples(40)
@@ -219,6 +362,7 @@ def test_a_launch_has_a_place_of_the_right_shape_for_each_input_and_output(parts
         count = 0 if step is None or step.tokens is None else step.tokens
         symbols = parts.pipeline.symbols(parts.batch_size, len(parts.schedule.steps), count)
         specs = (*graph.inputs, *graph.outputs)
+        assert launch.sizes == {symbol: symbols[symbol] for symbol in ("B", "K", "T")}
         assert list(launch.tensors) == [spec.name for spec in specs]
         found = [(place.shape, place.dtype) for place in launch.tensors.values()]
         assert found == [(spec.resolve(symbols), spec.dtype) for spec in specs]
@@ -271,6 +415,30 @@ def test_constants_are_never_overwritten_and_lie_apart(parts: Lowerable) -> None
     assert not any(overlap(a, b) for i, a in enumerate(constants) for b in constants[:i])
     sizes = [int(np.prod(place.shape, dtype=int)) for place in constants]
     assert [len(constant.values) for constant in program.constants] == sizes
+
+
+def end_of(place: Placed) -> int:
+    """Return where the next tensor begins."""
+    return -(-place.end // ALIGNMENT) * ALIGNMENT
+
+
+@examples(40)
+@given(parts=lowerables())
+def test_constants_and_then_inputs_lie_one_behind_the_other_from_the_start(parts: Lowerable) -> None:
+    program = lowered(parts)
+    staged = [*(constant.place for constant in program.constants), *program.inputs.values()]
+    assert [place.offset for place in staged] == [0, *map(end_of, staged[:-1])]
+    assert program.staged_bytes == end_of(staged[-1])
+
+
+@examples(40)
+@given(parts=lowerables())
+def test_of_what_is_staged_launches_overwrite_the_first_state_alone(parts: Lowerable) -> None:
+    """What engines write lies behind the staged bytes, but that the state goes back and forth between two places."""
+    program = lowered(parts)
+    written = [place for launch in program.launches for place in reads_and_writes(launch, parts.graphs)[1]]
+    first_state = program.inputs["state"]
+    assert all(place.offset >= program.staged_bytes or place == first_state for place in written if place.num_bytes)
 
 
 @examples(40)
@@ -344,7 +512,8 @@ def run_on_names(parts: Lowerable, given_by_request: Mapping[str, Array]) -> lis
         tensors["input_scale"] = np.array(table.input_scale[i])
         if step.tokens is not None:
             tensors["token_slots"] = np.arange(step.tokens, dtype=np.float64)
-        launch(step.forward.value, symbols)
+        for engine in parts.manifest.forwards[step.forward.value]:
+            launch(engine, symbols)
     tensors["latents"] = tensors["state"][0]
     if VAE_DECODER in graphs:
         launch(VAE_DECODER, symbols)
@@ -353,13 +522,13 @@ def run_on_names(parts: Lowerable, given_by_request: Mapping[str, Array]) -> lis
 
 
 class Memory:
-    """A workspace that holds one number for each word of 4 bytes; an int64 fills two words with the same number."""
+    """A workspace that holds one number for each word of 2 bytes; an int64 fills four words with the same number."""
 
     def __init__(self, num_bytes: int) -> None:
         self.words = np.arange(-(num_bytes // WORD), 0, dtype=np.float64)  # nobody writes negative numbers
 
     def _span(self, place: Placed) -> tuple[slice, int]:
-        return slice(place.offset // WORD, place.end // WORD), {"float32": 1, "int64": 2}[place.dtype]
+        return slice(place.offset // WORD, place.end // WORD), WORDS[place.dtype]
 
     def write(self, place: Placed, values: Array) -> None:
         span, repeats = self._span(place)

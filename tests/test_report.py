@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import pytest
 
 from hemiola_runtime.errors import EngagementError
-from hemiola_runtime.report import RunReport, Tally
+from hemiola_runtime.report import RunReport, report_of
 from hemiola_runtime.schedule import Schedule, read_schedule
+from hemiola_runtime.slot import Ran
+
+Forwards: TypeAlias = dict[str, tuple[str, ...]]
 
 SCHEDULE: Final = read_schedule(Path(__file__).parent / "golden" / "schedule.json")  # FCSFCDFF
+SEPARATE: Final[Forwards] = {name: (name,) for name in ("full", "deep", "tokens", "reuse")}
+SEGMENTED: Final[Forwards] = SEPARATE | {"full": ("front", "deep")}
 LAUNCHES: Final = [
     ("conditioning", 4.0),
     ("full", 10.0),
@@ -25,30 +31,47 @@ LAUNCHES: Final = [
 ]
 
 
-def tally_of(launches: list[tuple[str, float]]) -> Tally:
-    tally = Tally.empty()
-    for engine, milliseconds in launches:
-        tally.add(engine, milliseconds)
-    return tally
+def ran_of(launches: list[tuple[str, float]]) -> Ran:
+    """Return what is told of a trajectory that was launched engine by engine, with half a millisecond between two."""
+    milliseconds = tuple(ms for _, ms in launches)
+    return Ran(tuple(engine for engine, _ in launches), milliseconds, sum(milliseconds) + 0.5 * len(launches), None)
+
+
+def report_on(
+    launches: list[tuple[str, float]],
+    schedule: Schedule = SCHEDULE,
+    forwards: Forwards = SEPARATE,
+    *,
+    wall_ms: float = 100.0,
+) -> RunReport:
+    return report_of("fast", schedule, forwards, 3, ran_of(launches), wall_ms)
 
 
 def test_the_report_says_what_ran_and_how_long_it_took() -> None:
-    report = tally_of(LAUNCHES).report("fast", SCHEDULE, batch_size=3, wall_ms=100.0)
+    report = report_on(LAUNCHES)
     assert report == RunReport(
         schedule="fast",
         rhythm="FCSFCDFF",
         batch_size=3,
         counts={"conditioning": 1, "full": 4, "reuse": 2, "tokens": 1, "deep": 1, "vae_decoder": 1},
         engine_ms={"conditioning": 4.0, "full": 43.0, "reuse": 2.5, "tokens": 3.0, "deep": 5.0, "vae_decoder": 20.0},
+        trajectory_ms=82.5,  # 77.5 in engines, and 10 halves
         wall_ms=100.0,
+        graph_bytes=None,
     )
-    # 4 + 43 + 2.5 + 3 + 5 + 20 = 77.5 of 100 ms were spent in engines
-    assert report.overhead == pytest.approx(0.225)
+    assert report.overhead == pytest.approx(0.225)  # 77.5 of 100 ms were spent in engines
+
+
+def test_a_captured_trajectory_is_timed_as_a_whole() -> None:
+    ran = Ran(tuple(engine for engine, _ in LAUNCHES), (), 80.0, 4096)
+    report = report_of("fast", SCHEDULE, SEPARATE, 3, ran, 100.0)
+    assert (report.rhythm, report.counts["full"], report.graph_bytes) == ("FCSFCDFF", 4, 4096)
+    assert (report.engine_ms, report.trajectory_ms) == ({}, 80.0)
+    assert report.overhead == pytest.approx(0.2)
 
 
 def test_a_report_without_wall_time_has_no_overhead() -> None:
-    report = tally_of(LAUNCHES).report("fast", SCHEDULE, batch_size=1, wall_ms=0.0)
-    assert report.overhead == 0
+    assert report_on(LAUNCHES, wall_ms=0.0).overhead == 0
 
 
 def _without(launches: list[tuple[str, float]], index: int) -> list[tuple[str, float]]:
@@ -69,26 +92,62 @@ def test_other_forwards_than_the_schedule_names_are_an_error_with_both_rhythms(
     launches: list[tuple[str, float]], ran: str
 ) -> None:
     with pytest.raises(EngagementError) as caught:
-        tally_of(launches).report("fast", SCHEDULE, batch_size=1, wall_ms=1.0)
+        report_on(launches)
     assert f"the schedule fast is FCSFCDFF, but {ran} ran" in str(caught.value)
     assert "please report it" in str(caught.value)
 
 
 def test_a_run_that_computed_everything_is_the_uncached_schedule() -> None:
-    uncached: Schedule = SCHEDULE.uncached()
     launches = [("full", 1.0)] * 8
-    assert tally_of(launches).report("full", uncached, 1, 10.0).rhythm == "FFFFFFFF"
+    assert report_on(launches, SCHEDULE.uncached()).rhythm == "FFFFFFFF"
     with pytest.raises(EngagementError, match="FCSFCDFF, but FFFFFFFF ran"):
-        tally_of(launches).report("fast", SCHEDULE, 1, 10.0)
+        report_on(launches)
 
 
-def test_counts_begin_empty_and_are_not_shared() -> None:
-    first, second = Tally.empty(), Tally.empty()
-    first.add("full", 1.0)
-    assert (second.steps, dict(second.counts), second.engine_ms) == ([], {}, {})
+# forwards that are chains of engines
+
+
+def _in_chains(launches: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Replace every launch of `full` by one of `front` and one of `deep`, a quarter and the rest of its time."""
+    parts = {"full": (("front", 0.25), ("deep", 0.75))}
+    return [(name, share * ms) for engine, ms in launches for name, share in parts.get(engine, ((engine, 1.0),))]
+
+
+def test_a_front_followed_by_deep_is_a_full_step_and_deep_alone_is_not() -> None:
+    report = report_on(_in_chains(LAUNCHES), forwards=SEGMENTED)
+    assert report.rhythm == "FCSFCDFF"
+    assert report.counts == {"conditioning": 1, "front": 4, "deep": 5, "reuse": 2, "tokens": 1, "vae_decoder": 1}
+    # full took 43 ms: a quarter is front's, the rest deep's, which ran 5 ms alone
+    assert (report.engine_ms["front"], report.engine_ms["deep"]) == (10.75, 32.25 + 5)
+
+
+@pytest.mark.parametrize(
+    ("engines", "rhythm"),
+    [
+        (["front", "deep", "deep", "deep"], "FDD"),
+        (["front", "deep", "front", "deep"], "FF"),
+        (["front", "deep", "reuse", "deep", "tokens", "front", "deep"], "FCDSF"),
+        (["deep", "front", "deep"], "DF"),
+        (["front", "reuse", "deep"], "?CD"),  # half a chain is no forward
+        (["front", "deep", "front"], "F?"),
+        (["front", "front", "deep"], "?F"),
+    ],
+)
+def test_the_rhythm_is_read_off_chains(engines: list[str], rhythm: str) -> None:
+    with pytest.raises(EngagementError, match=f"but {re.escape(rhythm)} ran"):
+        report_on([(engine, 1.0) for engine in engines], forwards=SEGMENTED)
+
+
+@pytest.mark.parametrize("engine", ["full", "front", "turbo"])
+def test_an_engine_that_makes_up_no_forward_is_no_step(engine: str) -> None:
+    uncached = SCHEDULE.uncached()
+    forwards: Forwards = {"full": ("full",)} if engine != "full" else {"full": ("front", "deep")}
+    with pytest.raises(EngagementError, match="FFFFFFFF, but  ran"):
+        report_on([(engine, 1.0)] * 8, uncached, forwards)
 
 
 def test_the_share_of_time_outside_engines_follows_the_wall_time() -> None:
-    report = RunReport("fast", "F", 1, {"full": 1}, {"full": 30.0}, 40.0)
+    report = RunReport("fast", "F", 1, {"full": 1}, {"full": 30.0}, 36.0, 40.0, None)
     assert report.overhead == pytest.approx(0.25)  # 1 - 30 / 40
     assert replace(report, wall_ms=60.0).overhead == pytest.approx(0.5)
+    assert replace(report, graph_bytes=1).overhead == pytest.approx(0.1)  # 1 - 36 / 40

@@ -109,12 +109,12 @@ def given() -> ReportInput:
     )
     schedules = {name: f"schedules/{name}.json" for name in RHYTHMS}
     engines = {
-        name: EngineSpec(GraphSpec(name, f"engines/{name}.onnx", "0" * 64, (), (), (), 0), "0" * 64)
+        name: EngineSpec(GraphSpec(name, f"engines/{name}.onnx", "0" * 64, (), (), (), 0), "0" * 64, ())
         for name in ("conditioning", "full", "tokens", "reuse", "vae_decoder")
     }
     files = [*schedules.values(), *(engine.graph.file for engine in engines.values())]
     manifest = Manifest(
-        schema=1,
+        schema=2,
         backend=BackendSpec("onnxruntime", "1.23.0"),
         pipeline=Pipeline(
             MODEL, "classifier_free", 2, 32, 16, ("attention", "mlp"), 1, 1, SELECTOR, {"0": "zero"}, (8, 8, 1)
@@ -122,10 +122,12 @@ def given() -> ReportInput:
         precision="fp32",
         max_batch_size=4,
         engines=engines,
+        forwards={name: (name,) for name in ("full", "tokens", "reuse")},
         schedules=schedules,
         solvers={},
         files={file: FileSpec("0" * 64, 1) for file in files},
         parity={},
+        forward_parity={},
         made_by=MadeBy("hemiola build graphs", {"onnxruntime": "1.23.0"}, None),
     )
     return ReportInput(

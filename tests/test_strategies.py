@@ -225,7 +225,7 @@ def test_a_sampler_that_always_takes_more_than_the_budget_is_refused_by_name() -
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_begins_with_a_full_step_and_scores_what_it_returns(name: str) -> None:
     score = FakeScore()
-    found = STRATEGIES[name](_problem(8, 3, v_max=3), score)
+    found = STRATEGIES[name](_problem(20, 7, v_max=3), score)
     assert sorted(_rhythm(scored.candidate) for scored in found) == sorted(score.scored)
     assert {scored.candidate.strategy for scored in found} == {name}
     assert all(scored.candidate.steps[0] == FULL for scored in found)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Final
 
-from hemiola_engines import onnxruntime
+from hemiola_engines.builder import Builder, Progress
 from hemiola_engines.errors import BuildError
+from hemiola_engines.inductor import INDUCTOR
+from hemiola_engines.layouts import arrange
+from hemiola_engines.onnxruntime import ONNXRUNTIME, ONNXRUNTIME_CUDA
+from hemiola_engines.options import BuildOptions
 from hemiola_engines.parity import check_parity
+from hemiola_engines.profiles import profiles_of
+from hemiola_engines.tensorrt import TENSORRT, TENSORRT_RTX
 from hemiola_runtime.artifacts import MadeBy, replacing_folder, sha256_of
+from hemiola_runtime.backends import entry_of, obstacle
+from hemiola_runtime.codec import encode
 from hemiola_runtime.errors import BundleError
 from hemiola_runtime.manifest import (
     MANIFEST_FILE,
+    PRECISIONS,
     REFERENCE_FILE,
     WEIGHTS_FILE,
     BackendSpec,
@@ -26,83 +35,157 @@ from hemiola_runtime.manifest import (
     GraphSet,
     GraphSpec,
     Manifest,
+    Precision,
+    Profile,
     read_graph_set,
     read_manifest,
     write_manifest,
 )
+from hemiola_runtime.schedule import read_schedule
 
 logger = logging.getLogger(__name__)
 
-BUILDERS: Final[dict[str, ModuleType]] = {"onnxruntime": onnxruntime}
+BUILDERS: Final[dict[str, Builder]] = {
+    "onnxruntime": ONNXRUNTIME,
+    "onnxruntime_cuda": ONNXRUNTIME_CUDA,
+    "tensorrt": TENSORRT,
+    "tensorrt_rtx": TENSORRT_RTX,
+    "inductor": INDUCTOR,
+}
 ENGINES_FOLDER: Final = "engines"
 
-Progress = Callable[[str], None]
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build gives.
+
+    Attributes:
+        manifest: of the bundle.
+        not_compared: why the engines were not compared with PyTorch; None if they were.
+    """
+
+    manifest: Manifest
+    not_compared: str | None
 
 
-def build_bundle(
-    graphs: Path, out: Path, *, backend: str, max_batch_size: int, progress: Progress = lambda _: None
-) -> Manifest:
+def build_bundle(graphs: Path, out: Path, options: BuildOptions, *, progress: Progress = lambda _: None) -> Built:
     """Build the engines of an export and pack them into a bundle.
 
     An engine that `out` already holds with the same key is taken from there. The new bundle replaces the old one only
-    when it is complete and computes what PyTorch computed.
+    when it is complete and, where its backend runs on this machine, computes what PyTorch computed.
 
     Args:
         graphs: a folder from `hemiola export`.
         out: the bundle's folder.
-        backend: a key of BUILDERS.
-        max_batch_size: largest number of images in one request.
+        options: how to build.
         progress: told what is being done.
 
     Raises:
         BuildError: the graphs cannot be built, or the engines differ from PyTorch.
     """
-    if max_batch_size < 1:
-        raise BuildError(f"max_batch_size is 1 or more, not {max_batch_size}")
+    if options.max_batch_size < 1:
+        raise BuildError(f"max_batch_size is 1 or more, not {options.max_batch_size}")
     graph_set = read_graph_set(graphs)
-    builder = BUILDERS[backend]
-    version: str = builder.version()
+    precision = _precision(graph_set, options.precision)
+    exported = graph_set.precisions[precision]
+    builder = BUILDERS[options.backend]
+    if builder.format != graph_set.format:
+        raise BuildError(
+            f"{options.backend} builds from {builder.format} graphs, but {graphs} holds {graph_set.format} graphs. "
+            f"Export again with --format {builder.format}"
+        )
+    builder.check(options, precision)
+    chosen, forwards = arrange(exported.graphs, options.layout)
+    gpu, capabilities = builder.target(options)
+    backend = BackendSpec(options.backend, builder.version(), gpu, capabilities, options.is_version_compatible)
     existing = _existing_engines(out)
     with replacing_folder(out, MANIFEST_FILE) as folder:
         (folder / ENGINES_FOLDER).mkdir()
+        _copy_data(graphs, graph_set, folder)
+        weights = graphs / precision / WEIGHTS_FILE
         progress("weights")
-        _copy_weights(graphs, graph_set, folder)
+        _check_weights(weights, exported.weights_sha256)
+        if builder.keeps_weight_file:
+            shutil.copyfile(weights, folder / ENGINES_FOLDER / WEIGHTS_FILE)
         engines = {}
-        for name, graph in graph_set.graphs.items():
-            file = f"{ENGINES_FOLDER}/{name}.{builder.EXTENSION}"
-            key = sha256_of("\n".join([graph.sha256, graph_set.weights_sha256, backend, version]).encode())
+        for name, graph in chosen.items():
+            profiles = _profiles(graph, graph_set, graphs, options, builder)
+            key = _key(graph, exported.weights_sha256, backend, profiles, options)
+            file = f"{ENGINES_FOLDER}/{name}.{builder.extension}"
             if key in existing:
                 progress(f"engine {name}: up to date")
                 _link_or_copy(existing[key], folder / file)
             else:
                 progress(f"engine {name}")
-                builder.build_engine(graph, graphs / graph.file, folder / file)
-            digest = sha256_of((folder / file).read_bytes())
-            engines[name] = EngineSpec(_at(graph, file, digest), key)
-        _copy_data(graphs, graph_set, folder)
+                builder.build_engine(
+                    graph,
+                    graphs / graph.file,
+                    folder / file,
+                    profiles,
+                    options,
+                    progress,
+                    rows_per_image=graph_set.pipeline.rows_per_image,
+                )
+            digest = _digest(folder / file).sha256
+            kept = graph.weights if builder.keeps_weight_file else ()
+            engines[name] = EngineSpec(replace(graph, file=file, sha256=digest, weights=kept), key, profiles)
         manifest = Manifest(
-            schema=1,
-            backend=BackendSpec(backend, version),
+            schema=2,
+            backend=backend,
             pipeline=graph_set.pipeline,
-            precision=graph_set.precision,
-            max_batch_size=max_batch_size,
+            precision=precision,
+            max_batch_size=options.max_batch_size,
             engines=engines,
+            forwards=forwards,
             schedules=graph_set.schedules,
             solvers=graph_set.solvers,
             files=_digests(folder),
             parity={},
-            made_by=MadeBy.here(backend, "numpy"),
+            forward_parity={},
+            made_by=MadeBy.here("numpy", entry_of(options.backend).distribution),
         )
         write_manifest(manifest, folder)
-        progress("parity with PyTorch")
-        manifest = replace(manifest, parity=check_parity(folder))
-        write_manifest(manifest, folder)
+        not_compared = obstacle(backend) if graph_set.has_reference else "the export holds no reference images"
+        if not_compared is None:
+            progress("parity with PyTorch")
+            manifest = replace(manifest, parity=check_parity(folder))
+            write_manifest(manifest, folder)
     logger.info("wrote %s: %s", out, ", ".join(engines))
-    return manifest
+    return Built(manifest, not_compared)
 
 
-def _at(graph: GraphSpec, file: str, digest: str) -> GraphSpec:
-    return replace(graph, file=file, sha256=digest)
+def _precision(graph_set: GraphSet, asked: Precision | None) -> Precision:
+    exported = {precision: None for precision in PRECISIONS if precision in graph_set.precisions}
+    if asked is None and len(exported) == 1:
+        return next(iter(exported))
+    if asked is None or asked not in exported:
+        wish = "none was chosen" if asked is None else f"{asked} was asked for"
+        raise BuildError(
+            f"the graphs were exported in {', '.join(exported)}; {wish}. Choose with --precision, or export again "
+            "with `hemiola export --precision`"
+        )
+    return asked
+
+
+def _profiles(
+    graph: GraphSpec, graph_set: GraphSet, graphs: Path, options: BuildOptions, builder: Builder
+) -> tuple[Profile, ...]:
+    if not builder.has_profiles:
+        return ()
+    schedules = [read_schedule(graphs / file) for file in graph_set.schedules.values()]
+    return profiles_of(graph, schedules, options.max_batch_size)
+
+
+def _key(
+    graph: GraphSpec,
+    weights_sha256: str,
+    backend: BackendSpec,
+    profiles: tuple[Profile, ...],
+    options: BuildOptions,
+) -> str:
+    """Digest all that an engine is made of."""
+    parts = [graph.sha256, weights_sha256, encode(backend), encode(profiles), options.optimization_level]
+    return sha256_of(json.dumps(parts).encode())
 
 
 def _existing_engines(out: Path) -> dict[str, Path]:
@@ -114,20 +197,19 @@ def _existing_engines(out: Path) -> dict[str, Path]:
     found = {}
     for engine in manifest.engines.values():
         path = out / engine.graph.file
-        if path.is_file() and sha256_of(path.read_bytes()) == manifest.files[engine.graph.file].sha256:
+        if path.is_file() and _digest(path).sha256 == manifest.files[engine.graph.file].sha256:
             found[engine.key] = path
     return found
 
 
-def _copy_weights(graphs: Path, graph_set: GraphSet, folder: Path) -> None:
-    source = graphs / WEIGHTS_FILE
-    if not source.is_file() or _digest(source).sha256 != graph_set.weights_sha256:
+def _check_weights(source: Path, sha256: str) -> None:
+    if not source.is_file() or _digest(source).sha256 != sha256:
         raise BuildError(f"{source} is missing, or was changed since it was exported. Export again")
-    shutil.copyfile(source, folder / ENGINES_FOLDER / WEIGHTS_FILE)
 
 
 def _copy_data(graphs: Path, graph_set: GraphSet, folder: Path) -> None:
-    for file in (*graph_set.schedules.values(), *graph_set.solvers.values(), REFERENCE_FILE):
+    reference = (REFERENCE_FILE,) if graph_set.has_reference else ()
+    for file in (*graph_set.schedules.values(), *graph_set.solvers.values(), *reference):
         if not (graphs / file).is_file():
             raise BuildError(f"{graphs / file} is missing. Export again with `hemiola export`")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -147,5 +229,6 @@ def _digests(folder: Path) -> dict[str, FileSpec]:
 
 
 def _digest(path: Path) -> FileSpec:
-    data = path.read_bytes()
-    return FileSpec(sha256_of(data), len(data))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileSpec(digest, path.stat().st_size)

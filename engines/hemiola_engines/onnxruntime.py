@@ -8,40 +8,87 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Final
 
+from hemiola_engines.builder import Progress, check_source
 from hemiola_engines.errors import BuildError
-from hemiola_runtime.artifacts import sha256_of
-from hemiola_runtime.manifest import GraphSpec
-
-EXTENSION = "onnx"
+from hemiola_engines.options import BuildOptions
+from hemiola_runtime.manifest import GraphFormat, GraphSpec, Precision, Profile
 
 
-def version() -> str:
-    """Version of the installed ONNX Runtime.
+@dataclass(frozen=True, slots=True)
+class OnnxRuntime:
+    """Builds for one of ONNX Runtime's execution providers.
 
-    Raises:
-        BuildError: none is installed.
+    Attributes:
+        distribution: that holds the provider.
+        extra: of Hemiola, that installs it.
+        precisions: that the provider runs.
     """
-    try:
-        return importlib.metadata.version("onnxruntime")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise BuildError("onnxruntime is not installed. Install it with: pip install 'hemiola[cpu]'") from error
+
+    distribution: str
+    extra: str
+    precisions: frozenset[str]
+
+    extension: ClassVar[str] = "onnx"
+    format: ClassVar[GraphFormat] = "onnx"
+    keeps_weight_file: ClassVar[bool] = True
+    has_profiles: ClassVar[bool] = False
+
+    def version(self) -> str:
+        """Version of the installed ONNX Runtime.
+
+        Raises:
+            BuildError: none is installed.
+        """
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise BuildError(
+                f"{self.distribution} is not installed. Install it with: pip install 'hemiola[{self.extra}]'"
+            ) from error
+
+    def check(self, options: BuildOptions, precision: Precision) -> None:
+        """Refuse what only TensorRT can do, and precisions that the provider does not run."""
+        if precision not in self.precisions:
+            raise BuildError(
+                f"{options.backend} runs {' and '.join(sorted(self.precisions))}, not {precision}. "
+                "Export in one of them, or build for a GPU backend"
+            )
+        has_cache = options.timing_cache is not None or options.is_timing_cache_pinned
+        is_tuned = options.optimization_level is not None or has_cache
+        if is_tuned or options.is_version_compatible or options.compute_capabilities:
+            raise BuildError(
+                f"optimization level, timing cache and GPU targets are TensorRT's; {options.backend} has none"
+            )
+
+    def target(self, options: BuildOptions) -> tuple[str | None, tuple[str, ...]]:
+        """Graphs are tied to no GPU."""
+        return None, ()
+
+    def build_engine(
+        self,
+        graph: GraphSpec,
+        source: Path,
+        target: Path,
+        profiles: Sequence[Profile],
+        options: BuildOptions,
+        progress: Progress,
+        *,
+        rows_per_image: int,
+    ) -> None:
+        """Write the engine of a graph: the graph.
+
+        Raises:
+            BuildError: the file is not the one that was exported.
+        """
+        check_source(graph, source)
+        shutil.copyfile(source, target)
 
 
-def build_engine(graph: GraphSpec, source: Path, target: Path) -> None:
-    """Write the engine of a graph.
-
-    Args:
-        graph: its description.
-        source: its ONNX file.
-        target: the engine's file.
-
-    Raises:
-        BuildError: the file is not the one that was exported.
-    """
-    if not source.exists() or sha256_of(source.read_bytes()) != graph.sha256:
-        raise BuildError(
-            f"{source} is missing, or was changed since it was exported. Export again with `hemiola export`"
-        )
-    shutil.copyfile(source, target)
+# bfloat16 lacks kernels on the CPU, and float16 is computed there as float32 between casts: slower than float32.
+ONNXRUNTIME: Final = OnnxRuntime("onnxruntime", "cpu", frozenset({"fp32"}))
+ONNXRUNTIME_CUDA: Final = OnnxRuntime("onnxruntime-gpu", "gpu", frozenset({"fp32", "fp16", "bf16"}))

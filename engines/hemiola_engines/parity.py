@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,12 +16,13 @@ import numpy as np
 
 from hemiola_engines.errors import BuildError
 from hemiola_runtime.bundle import open_bundle
-from hemiola_runtime.manifest import REFERENCE_FILE
+from hemiola_runtime.manifest import REFERENCE_FILE, Precision, read_manifest, write_manifest
 from hemiola_runtime.sampler import Sampler
 
-# Relative L2 of the final latents. One forward in float32 is off by 1e-6; a trajectory multiplies that, and `tokens`
-# may choose another token where two rank alike.
-FP32_BOUND: Final = 1e-3
+# Relative L2 of the final latents against PyTorch in float32. One forward in float32 is off by 1e-6, in float16 1e-3,
+# in bfloat16 by 8e-3 (half of its last bit); a trajectory multiplies that, and `tokens` may choose another token where
+# two rank alike.
+BOUNDS: Final[dict[Precision, float]] = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 2e-2}
 
 
 def check_parity(bundle: Path) -> dict[str, float]:
@@ -41,6 +43,7 @@ def check_parity(bundle: Path) -> dict[str, float]:
         ) from error
     found = {}
     with Sampler.open(bundle) as sampler:
+        bound = BOUNDS[sampler.manifest.precision]
         guidance = None if sampler.manifest.pipeline.guidance == "none" else reference["guidance"].tolist()
         for name in sampler.schedules:
             differences = []
@@ -51,10 +54,15 @@ def check_parity(bundle: Path) -> dict[str, float]:
                 differences.append(float(np.linalg.norm(drawn.latents[0] - expected) / np.linalg.norm(expected)))
             found[name] = max(differences)
     for name, difference in found.items():
-        if not difference <= FP32_BOUND:
+        if not difference <= bound:
             raise BuildError(
                 f"under the schedule {name} the engines draw images that differ from PyTorch's by {difference:.1e} "
-                f"(relative L2 of the final latents; the bound is {FP32_BOUND:.0e}). The backend computes something "
+                f"(relative L2 of the final latents; the bound is {bound:.0e}). The backend computes something "
                 "else: please report it, with the versions that `hemiola doctor` prints"
             )
     return found
+
+
+def write_parity(bundle: Path, parity: dict[str, float], forward_parity: dict[str, float]) -> None:
+    """Write what was measured into a bundle's manifest."""
+    write_manifest(replace(read_manifest(bundle), parity=parity, forward_parity=forward_parity), bundle)

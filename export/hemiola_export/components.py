@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+import torch
+from torch import nn
 
 from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_runtime.manifest import TensorSpec
@@ -14,14 +18,15 @@ class VaeDecoder(NamedModule):
     Reads latents (B, C, H, W); writes images (B, height, width, channels) in [0, 1].
     """
 
-    def __init__(self, vae: Any, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(self, vae: Any, latent_shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae = vae if vae.dtype == dtype else nn.Module.to(copy.deepcopy(vae), dtype)
         self.latent_shape = latent_shape
         self.enlargement = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def forward(self, tensors: Tensors) -> Tensors:
-        pictures = self.vae.decode(tensors["latents"] / self.vae.config.scaling_factor, return_dict=False)[0]
+        scaled = (tensors["latents"] / self.vae.config.scaling_factor).to(self.vae.dtype)
+        pictures = self.vae.decode(scaled, return_dict=False)[0].float()
         return {"images": (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)}
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,23 +14,31 @@ import torch
 
 from hemiola_export.components import VaeDecoder
 from hemiola_export.errors import ExportError
-from hemiola_export.forwards import FORWARDS, Conditioning, ForwardConfig
+from hemiola_export.forwards import FORWARDS, Conditioning, ForwardConfig, Front
 from hemiola_export.model import Model, scheduler_from_identity
 from hemiola_export.named_module import NamedModule
-from hemiola_export.onnx_graphs import WeightFile, export_graph
+from hemiola_export.onnx_graphs import export_graph
 from hemiola_export.solver import measure_solver
+from hemiola_export.torch_programs import export_program
 from hemiola_export.trajectory import Requests, Trajectory
+from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import MadeBy, replacing_folder
 from hemiola_runtime.manifest import (
     CONDITIONING,
+    FRONT,
     GRAPHS_FILE,
+    ITEMSIZE,
+    PRECISIONS,
     REFERENCE_FILE,
     UNCACHED,
     VAE_DECODER,
     WEIGHTS_FILE,
+    GraphFormat,
+    Graphs,
     GraphSet,
     GraphSpec,
     Pipeline,
+    Precision,
     write_graph_set,
 )
 from hemiola_runtime.noise import noise_from_seeds
@@ -40,12 +49,22 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_SEEDS: Final = (0, 1)
 REFERENCE_GUIDANCE: Final = 2.0
+Exporter = Callable[..., GraphSpec]
+EXPORTERS: Final[Mapping[GraphFormat, Exporter]] = {"onnx": export_graph, "torch": export_program}
+TRACED_WITH: Final[Mapping[GraphFormat, tuple[str, ...]]] = {"onnx": ("onnx", "onnxscript"), "torch": ()}
 
 Progress = Callable[[str], None]
 
 
 def export_pipeline(
-    model: Model, schedules: Mapping[str, Schedule], out: Path, *, progress: Progress = lambda _: None
+    model: Model,
+    schedules: Mapping[str, Schedule],
+    out: Path,
+    *,
+    format: GraphFormat = "onnx",  # noqa: A002 - as GraphSet calls it
+    precisions: Sequence[Precision] = ("fp32",),
+    has_reference: bool = True,
+    progress: Progress = lambda _: None,
 ) -> GraphSet:
     """Write the graphs that some schedules of one model need, with all that a bundle takes from export.
 
@@ -53,6 +72,9 @@ def export_pipeline(
         model: from `load_model`.
         schedules: by name; the first is the one that runs by default. The uncached schedule is added as `full`.
         out: a folder, replaced as a whole when everything is written.
+        format: of the graphs: ONNX, or PyTorch's exported programs, from which its own compiler builds.
+        precisions: of matrix products, weights and caches; every graph is written in each.
+        has_reference: draw a few images with every schedule in PyTorch, by which engines are judged.
         progress: told what is being done.
 
     Raises:
@@ -68,20 +90,23 @@ def export_pipeline(
         pipeline.check_schedule(schedule, {forward.value for forward in forwards})
     padded = {digest: table.padded(pipeline.state_rows) for digest, table in tables.items()}
     with replacing_folder(out, GRAPHS_FILE) as folder, torch.inference_mode():
-        graphs, weights_sha256 = _write_graphs(model, pipeline, forwards, folder, progress)
-        _write_reference(model, schedules, tables, folder / REFERENCE_FILE, progress)
+        if has_reference:
+            _write_reference(model, schedules, tables, folder / REFERENCE_FILE, progress)
         graph_set = GraphSet(
-            schema=1,
+            schema=2,
             pipeline=pipeline,
-            precision="fp32",
-            graphs=graphs,
-            weights_sha256=weights_sha256,
+            format=format,
+            precisions={
+                precision: _write_graphs(model, pipeline, forwards, EXPORTERS[format], precision, folder, progress)
+                for precision in dict.fromkeys(precisions)
+            },
             schedules=_write_schedules(schedules, folder),
             solvers=_write_solvers(padded, folder),
-            made_by=MadeBy.here("torch", "diffusers", "onnx", "onnxscript"),
+            has_reference=has_reference,
+            made_by=MadeBy.here("torch", "diffusers", *TRACED_WITH[format]),
         )
         write_graph_set(graph_set, folder)
-    logger.info("wrote %s: %s", out, ", ".join(graphs))
+    logger.info("wrote %s: %s", out, ", ".join(next(iter(graph_set.precisions.values())).graphs))
     return graph_set
 
 
@@ -149,39 +174,58 @@ def _common(what: str, by_schedule: dict[str, Any]) -> Any:
 
 
 def _write_graphs(
-    model: Model, pipeline: Pipeline, forwards: list[Forward], folder: Path, progress: Progress
-) -> tuple[dict[str, GraphSpec], str]:
-    is_guided = pipeline.guidance == "classifier_free"
-    config = ForwardConfig(is_guided, pipeline.state_rows, pipeline.deep_start, pipeline.selector)
-    modules: dict[str, NamedModule] = {CONDITIONING: Conditioning(model.family, config)}
-    modules |= {forward.value: FORWARDS[forward](model.family, config) for forward in forwards}
-    activation = {name: _activation_bytes(model) for name in modules}
-    if model.vae is not None:
-        decoder = VaeDecoder(model.vae, model.family.latent_shape)
-        modules[VAE_DECODER] = decoder
-        height, width, _ = decoder.image_shape
-        activation[VAE_DECODER] = 3 * 4 * height * width * model.vae.config.block_out_channels[0]
+    model: Model,
+    pipeline: Pipeline,
+    forwards: list[Forward],
+    exporter: Exporter,
+    precision: Precision,
+    out: Path,
+    progress: Progress,
+) -> Graphs:
+    """Write all graphs of one precision into a folder of their own."""
+    folder = out / precision
+    folder.mkdir()
+    modules = _modules(model, pipeline, forwards, getattr(torch, PRECISIONS[precision]))
     graphs = {}
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightFile(file)
         for name, module in modules.items():
-            progress(f"graph {name}")
-            graphs[name] = export_graph(
+            progress(f"graph {name} in {precision}")
+            graph = exporter(
                 module,
                 name=name,
                 rows_per_image=pipeline.rows_per_image,
-                activation_bytes_per_row=activation[name],
+                activation_bytes_per_row=_activation_bytes(model, module, precision),
                 folder=folder,
                 weights=weights,
             )
-    return graphs, weights.sha256
+            graphs[name] = replace(graph, file=f"{precision}/{graph.file}")
+    return Graphs(graphs, weights.sha256)
 
 
-def _activation_bytes(model: Model) -> int:
-    """Estimate what a block keeps alive for one row: tokens, queries, keys, values, softmax map, MLP; float32."""
+def _modules(model: Model, pipeline: Pipeline, forwards: list[Forward], dtype: torch.dtype) -> dict[str, NamedModule]:
+    family = model.family if dtype == model.family.compute_dtype else model.family.lowered(dtype)
+    is_guided = pipeline.guidance == "classifier_free"
+    config = ForwardConfig(is_guided, pipeline.state_rows, pipeline.deep_start, pipeline.selector)
+    modules: dict[str, NamedModule] = {CONDITIONING: Conditioning(family, config)}
+    modules |= {forward.value: FORWARDS[forward](family, config) for forward in forwards}
+    if Forward.DEEP in forwards and pipeline.deep_start:
+        modules[FRONT] = Front(family, config)
+    if model.vae is not None:
+        modules[VAE_DECODER] = VaeDecoder(model.vae, family.latent_shape, dtype)
+    return modules
+
+
+def _activation_bytes(model: Model, module: NamedModule, precision: Precision) -> int:
+    """Estimate what a graph keeps alive for one row: a block's tokens, queries, keys, values, softmax map and MLP."""
+    itemsize = ITEMSIZE[PRECISIONS[precision]]
+    if isinstance(module, VaeDecoder):
+        height, width, _ = module.image_shape
+        first: int = model.vae.config.block_out_channels[0]  # type: ignore[union-attr]
+        return 3 * itemsize * height * width * first
     family = model.family
     tokens = family.num_tokens * family.width
-    return 4 * (12 * tokens + 2 * family.num_heads * family.num_tokens**2)
+    return itemsize * (12 * tokens + 2 * family.num_heads * family.num_tokens**2)
 
 
 def _write_reference(

@@ -2,7 +2,8 @@
 
 Every forward is a module from named tensors to named tensors. The names are those of the graph's inputs and outputs;
 an output `next_x` is what `x` becomes for the forwards after it. Each ends with the head, guidance and the solver
-update, so that one launch takes the state of one model evaluation to that of the next.
+update, so that one launch takes the state of one model evaluation to that of the next. `Front` alone is no forward but
+the first part of one: followed by `Deep` it does what `Full` does, and no block's weights are in both.
 
 Symbols: B images, R rows (2B under guidance, else B), N tokens, D width, L blocks, S deep blocks, K selected tokens,
 1 + k rows of solver state, T model evaluations.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_export.selection import attend_and_score, check_selector, rank
 from hemiola_runtime.manifest import STEP_TABLE, TensorSpec
 from hemiola_runtime.schedule import Forward, TokenSelector
+
+INPUT_SCALE: Final = TensorSpec("input_scale", "float32", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +101,19 @@ class StepForward(NamedModule):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        state = (self.config.state_rows, "B", *self.family.latent_shape)
         coefficients = (self.config.state_rows, self.config.state_rows + 1)
-        specs = [
-            TensorSpec("state", "float32", state),
-            TensorSpec("coefficients", "float32", coefficients),
-            TensorSpec("input_scale", "float32", ()),
-        ]
+        specs = [self._state, TensorSpec("coefficients", "float32", coefficients), INPUT_SCALE]
         if self.config.is_guided:
             specs.append(TensorSpec("guidance", "float32", ("B",)))
-        return (*specs, *self._modulation(), *self.reads)
+        return (*specs, *self._modulation(self._all, self.family.head_vectors), *self.reads)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        state = (self.config.state_rows, "B", *self.family.latent_shape)
-        return (TensorSpec("next_state", "float32", state), *(_next(spec) for spec in self.writes))
+        return (_next(self._state), *(_next(spec) for spec in self.writes))
+
+    @property
+    def _state(self) -> TensorSpec:
+        return TensorSpec("state", "float32", (self.config.state_rows, "B", *self.family.latent_shape))
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -128,18 +129,16 @@ class StepForward(NamedModule):
     def computes(self, block: int, branch: str) -> bool:
         """Tell whether this forward computes a branch anew, for some tokens or all."""
 
-    def _modulation(self) -> tuple[TensorSpec, ...]:
-        """The vectors that this forward needs: gates everywhere, the others where it computes."""
+    def _modulation(self, blocks: Iterable[int], others: Iterable[str] = ()) -> tuple[TensorSpec, ...]:
+        """The vectors that some blocks need, gates everywhere and the rest where they compute; and `others`."""
         names = [
             f"{vector_name(branch, kind)}.{index}"
-            for index in self._all
+            for index in blocks
             for branch in self.family.branches
             if branch in self.family.block(index).modulated
             for kind in ((SHIFT, GAIN, GATE) if self.computes(index, branch) else (GATE,))
         ]
-        return tuple(
-            TensorSpec(name, "float32", ("R", 1, self.family.width)) for name in (*names, *self.family.head_vectors)
-        )
+        return tuple(TensorSpec(name, "float32", ("R", 1, self.family.width)) for name in (*names, *others))
 
     def _vectors(self, block: int, tensors: Tensors) -> Tensors:
         """Pick one block's vectors out of a step's tensors."""
@@ -149,7 +148,8 @@ class StepForward(NamedModule):
     def _caches(self, blocks: Iterable[int], branches: Iterable[str]) -> tuple[TensorSpec, ...]:
         shape = ("R", self.family.num_tokens, self.family.width)
         names = list(branches)
-        return tuple(TensorSpec(cache_name(b, block), "float32", shape) for block in blocks for b in names)
+        dtype: Any = str(self.family.compute_dtype).removeprefix("torch.")
+        return tuple(TensorSpec(cache_name(b, block), dtype, shape) for block in blocks for b in names)
 
     def _selection(self) -> tuple[TensorSpec, ...]:
         if self.config.selector is None:
@@ -249,6 +249,25 @@ class Deep(StepForward):
         x = self._add_cached(self._begin(tensors), self._shallow, tensors)
         x, written = self._compute(x, self._deep, tensors)
         return self._finish(x, tensors) | written
+
+
+class Front(StepForward):
+    """The shallow blocks on every token, left in the cache; `Deep` goes on from there."""
+
+    def computes(self, block: int, branch: str) -> bool:
+        return True
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (self._state, INPUT_SCALE, *self._modulation(self._shallow))
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(_next(spec) for spec in self._caches(self._shallow, self.family.branches))
+
+    def forward(self, tensors: Tensors) -> Tensors:
+        _, written = self._compute(self._begin(tensors), self._shallow, tensors)
+        return {spec.name: written[spec.name] for spec in self.outputs}
 
 
 class Reuse(StepForward):

@@ -3,69 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from hemiola_export.named_module import NamedModule
+from hemiola_export.named_module import NamedModule, Tensors
+from hemiola_export.tracing import TORCH_DTYPES, dynamic_shapes, example_inputs, in_order
+from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import sha256_of
 from hemiola_runtime.manifest import WEIGHTS_FILE, GraphSpec, TensorSpec, WeightSpec
 
 OPSET: Final = 20  # decomposed attention, which every backend fuses by itself; 23 fails to build in fp32 on TensorRT
 EXTERNAL_BYTES: Final = 1024  # smaller weights stay within the graph
-ALIGNMENT: Final = 256  # of weights within their file, in bytes
-EXAMPLE: Final = {"B": 2, "K": 3, "T": 5}  # no side of 1: torch.export would take it for fixed
-TORCH_DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
 
 logger = logging.getLogger(__name__)
 
 
-class WeightFile:
-    """The weight file under construction; equal weights are stored once, whichever graphs they are in."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._offsets: dict[str, int] = {}
-        self._digest = hashlib.sha256()
-        self._end = 0
-
-    def store(self, data: bytes) -> int:
-        """Return the offset at which these bytes lie, and write them if they are new."""
-        digest = sha256_of(data)
-        if digest not in self._offsets:
-            padding = bytes(-self._end % ALIGNMENT)
-            self._offsets[digest] = self._end + len(padding)
-            for part in (padding, data):
-                self._file.write(part)
-                self._digest.update(part)
-            self._end += len(padding) + len(data)
-        return self._offsets[digest]
-
-    @property
-    def sha256(self) -> str:
-        """Digest of all that was written."""
-        return self._digest.hexdigest()
-
-
 class _InOrder(nn.Module):
-    """Gives the outputs of a module as a tuple, in the order in which the module declares them."""
+    """Gives the outputs of a module as a tuple."""
 
-    def __init__(self, module: NamedModule, names: list[str]) -> None:
+    def __init__(self, module: NamedModule) -> None:
         super().__init__()
         self.module = module
-        self.names = names
 
-    def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        written = self.module(tensors)
-        return tuple(written[name] for name in self.names)
+    def forward(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        return in_order(self.module, self.module(tensors))
 
 
 def export_graph(
@@ -101,28 +70,14 @@ def export_graph(
 
 
 def _traced(module: NamedModule, rows_per_image: int) -> ir.Model:
-    images = torch.export.Dim("B", min=1, max=4096)
-    dimensions = {
-        "B": images,
-        "R": rows_per_image * images if rows_per_image > 1 else images,
-        "K": torch.export.Dim("K", min=1, max=1 << 16),
-        "T": torch.export.Dim("T", min=1, max=1 << 16),
-    }
-    sizes = EXAMPLE | {"R": rows_per_image * EXAMPLE["B"]}
-    example = {spec.name: torch.zeros(spec.resolve(sizes), dtype=TORCH_DTYPES[spec.dtype]) for spec in module.inputs}
-    dynamic = {
-        spec.name: {axis: dimensions[side] for axis, side in enumerate(spec.shape) if isinstance(side, str)}
-        for spec in module.inputs
-    }
-    names = [spec.name for spec in module.outputs]
     with _quiet_exporter():
         program = torch.onnx.export(
-            _InOrder(module, names).eval(),
+            _InOrder(module).eval(),
             (),
-            kwargs={"tensors": example},
-            dynamic_shapes={"tensors": dynamic},
+            kwargs={"tensors": example_inputs(module, rows_per_image)},
+            dynamic_shapes={"tensors": dynamic_shapes(module, rows_per_image)},
             input_names=[spec.name for spec in module.inputs],
-            output_names=names,
+            output_names=[spec.name for spec in module.outputs],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -173,7 +128,7 @@ def _move_weights(model: ir.Model, weights: WeightFile) -> tuple[WeightSpec, ...
         array = np.ascontiguousarray(tensor.numpy())
         if array.nbytes < EXTERNAL_BYTES:
             continue
-        assert array.dtype in (np.float32, np.int64), f"weight {name} is {array.dtype}"
+        assert array.dtype.name in TORCH_DTYPES, f"weight {name} is {array.dtype}"
         offset = weights.store(array.tobytes())
         dtype: Any = array.dtype.name
         stored.append(WeightSpec(name, dtype, array.shape, offset))

@@ -25,16 +25,16 @@ Scorer = Callable[[Block, Tensor, Tensor, Tensor], Attended]
 def _by_attention(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Attended:
     """Score by how much a token is attended to. Materialises the softmax map, so attention cannot be fused."""
     weights = block.attention_map(queries, keys)  # (R, h, N, N)
-    return block.project(weights @ values), weights.mean(dim=(1, 2))
+    return block.project(weights @ values), weights.float().mean(dim=(1, 2))
 
 
 def _by_value_norm(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Attended:
-    return block.attend(queries, keys, values), values.norm(dim=-1).sum(dim=1)
+    return block.attend(queries, keys, values), values.float().norm(dim=-1).sum(dim=1)
 
 
 def _by_output_norm(block: Block, queries: Tensor, keys: Tensor, values: Tensor) -> Attended:
     attended = block.attend(queries, keys, values)
-    return attended, attended.norm(dim=-1)
+    return attended, attended.float().norm(dim=-1)
 
 
 SCORERS: Final[Mapping[str, Scorer]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,16 +68,26 @@ class Trajectory:
         return torch.cat([self._run_batch(part, on_step) for part in parts])
 
     def _run_batch(self, requests: Requests, on_step: Callable[[], None] | None) -> Tensor:
+        state = requests.noise
+        for moment in self.walk(requests):
+            state = moment.after["next_state"]
+            if on_step is not None:
+                on_step()
+        return state[0]
+
+    def walk(self, requests: Requests) -> Iterator[Moment]:
+        """Run the schedule on all requests at once, on the device that they and the model are on, step by step."""
+        device = requests.labels.device
         config = ForwardConfig(self.is_guided, self.table.state_rows, self.deep_start, self.selector)
         forwards = {forward: FORWARDS[forward](self.family, config) for forward in {s.forward for s in self.steps}}
-        timesteps = torch.tensor(self.table.scheduler.timesteps, dtype=torch.float32)
+        timesteps = torch.tensor(self.table.scheduler.timesteps, dtype=torch.float32, device=device)
         conditioned = Conditioning(self.family, config)({"labels": requests.labels, "timesteps": timesteps})
         tables = {  # (T, R, 1, D) each
             name: table.unflatten(0, (len(timesteps), -1)).unsqueeze(2) for name, table in conditioned.items()
         }
-        coefficients = torch.tensor(self.table.coefficients, dtype=torch.float32)
-        input_scale = torch.tensor(self.table.input_scale, dtype=torch.float32)
-        state = torch.zeros((self.table.state_rows, *requests.noise.shape))
+        coefficients = torch.tensor(self.table.coefficients, dtype=torch.float32, device=device)
+        input_scale = torch.tensor(self.table.input_scale, dtype=torch.float32, device=device)
+        state = torch.zeros((self.table.state_rows, *requests.noise.shape), device=device)
         state[0] = requests.noise * self.table.init_noise_sigma
         tensors: Tensors = {"state": state, "guidance": requests.guidance}
         for i, step in enumerate(self.steps):
@@ -85,9 +95,25 @@ class Trajectory:
             tensors |= {name: table[i] for name, table in tables.items()}
             if step.forward is Forward.TOKENS:
                 assert step.tokens is not None
-                tensors["token_slots"] = torch.arange(step.tokens)
-            written = forwards[step.forward]({**tensors})
+                tensors["token_slots"] = torch.arange(step.tokens, device=device)
+            before = {**tensors}
+            written = forwards[step.forward](before)
             tensors |= {name.removeprefix("next_"): tensor for name, tensor in written.items()}
-            if on_step is not None:
-                on_step()
-        return tensors["state"][0]
+            yield Moment(i, step, before, written)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One step of a trajectory.
+
+    Attributes:
+        index: of the step.
+        step: what it does.
+        before: every tensor that the step may read, by the names of its graph's inputs.
+        after: what it wrote, by the names of its graph's outputs.
+    """
+
+    index: int
+    step: Step
+    before: Tensors
+    after: Tensors

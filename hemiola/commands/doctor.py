@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import platform
 import sys
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from hemiola_runtime.errors import HemiolaError
+
+if TYPE_CHECKING:
+    from hemiola_runtime.manifest import BackendSpec
 
 STAGES: Final = {  # what each stage imports: module, distribution, extra
     "runtime on a CPU": [("numpy", "numpy", ""), ("onnxruntime", "onnxruntime", "cpu"), ("PIL", "pillow", "cpu")],
@@ -21,6 +28,37 @@ STAGES: Final = {  # what each stage imports: module, distribution, extra
         ("jinja2", "jinja2", "search"),
     ],
 }
+ANY_VERSION: Final = "0"  # older than every library: asks whether one runs engines here at all
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What a backend can do on this machine.
+
+    Attributes:
+        name: of the backend.
+        version: of the library that builds; None where there is none.
+        build_obstacle: why it does not build here, and what would mend that; None if it does.
+        run_obstacle: why its engines do not run here, and what would mend that; None if they do.
+    """
+
+    name: str
+    version: str | None
+    build_obstacle: str | None
+    run_obstacle: str | None
+
+    def __str__(self) -> str:
+        """One line that a script can search, and one for each obstacle."""
+        builds = "does not build here" if self.build_obstacle else "builds here"
+        runs = "does not run here" if self.run_obstacle else "runs here"
+        joined = "but" if bool(self.build_obstacle) != bool(self.run_obstacle) else "and"
+        version = f" ({self.version})" if self.version else ""
+        lines = [f"backend {self.name}: {builds} {joined} {runs}{version}"]
+        if self.build_obstacle:
+            lines.append(f"  to build: {self.build_obstacle}")
+        if self.run_obstacle and self.run_obstacle != self.build_obstacle:
+            lines.append(f"  to run: {self.run_obstacle}")
+        return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Examine this machine."""
     from hemiola_runtime.artifacts import in_words
+    from hemiola_runtime.backends import BACKENDS
     from hemiola_runtime.memory import available_host_bytes
 
     write = sys.stdout.write
@@ -37,26 +76,94 @@ def run(options: argparse.Namespace) -> int:
     free = available_host_bytes()
     if free is not None:
         write(f"free memory: {in_words(free)}\n")
-    is_serving = True
+    write(f"GPU: {_gpu()}\n")
     for stage, modules in STAGES.items():
-        missing = [(name, extra) for module, name, extra in modules if importlib.util.find_spec(module) is None]
-        found = [
-            f"{name} {metadata.version(name)}"
-            for module, name, _ in modules
-            if importlib.util.find_spec(module) is not None
-        ]
+        missing = [(name, extra) for module, name, extra in modules if not _is_found(module)]
+        found = [f"{name} {_version(name)}" for module, name, _ in modules if _is_found(module)]
         write(f"{stage}: {'works' if not missing else 'is not complete'} ({', '.join(found) or 'nothing found'})\n")
         for name, extra in missing:
             write(f"  {name} is missing; install it with: pip install 'hemiola[{extra}]'\n")
-        is_serving = is_serving and (stage != "runtime on a CPU" or not missing)
-    write(f"backend onnxruntime: {_onnxruntime()}\n")
-    return 0 if is_serving else 1
+    examined = [examine(name) for name in BACKENDS]
+    for backend in examined:
+        write(f"{backend}\n")
+    write(f"onnxruntime has the providers: {_providers()}\n")
+    return 0 if any(backend.run_obstacle is None for backend in examined) else 1
 
 
-def _onnxruntime() -> str:
+def examine(name: str) -> Examined:
+    """Find out whether a backend builds here, and whether its engines run here; never raises."""
+    from hemiola_engines.build import BUILDERS
+    from hemiola_engines.options import BuildOptions
+    from hemiola_runtime.manifest import BackendSpec
+
+    version, build_obstacle = None, None
+    gpu: str | None = None
+    capabilities: tuple[str, ...] = ()
+    try:
+        builder = BUILDERS[name]
+        version = builder.version()
+        gpu, capabilities = builder.target(BuildOptions(name, max_batch_size=1))
+    except Exception as error:  # a library that is half installed raises whatever it meets
+        build_obstacle = _reason(error)
+    # What this machine would build. Where it builds nothing, engines from elsewhere may run all the same: TensorRT's
+    # lean runtime builds none.
+    spec = BackendSpec(name, version or ANY_VERSION, gpu, capabilities, is_version_compatible=version is None)
+    return Examined(name, version, build_obstacle, _run_obstacle(spec))
+
+
+def _run_obstacle(spec: BackendSpec) -> str | None:
+    from hemiola_runtime.backends import entry_of, obstacle
+
+    extra = entry_of(spec.name).extra
+    if spec.name.startswith("onnxruntime") and not _is_found("onnxruntime"):
+        return f"onnxruntime is not installed. Install it with: pip install 'hemiola[{extra}]'"
+    try:
+        return obstacle(spec)
+    except Exception as error:  # as above
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, HemiolaError) else f"{type(error).__name__}: {error}"
+
+
+def _gpu() -> str:
+    """Describe the GPU, or say why none can be used."""
+    from hemiola_runtime.artifacts import in_words
+    from hemiola_runtime.backends import cuda
+    from hemiola_runtime.bench import gpu_state
+
+    if (reason := cuda.obstacle()) is not None:
+        return f"none that can be used: {reason}"
+    try:
+        runtime = cuda.Cuda()
+        gpu, version = runtime.gpu, runtime.call("cudaDriverGetVersion")
+    except HemiolaError as error:
+        return f"none that can be used: {error}"
+    release = gpu_state().get("driver_version")
+    driver = f"driver {release}, which knows" if release else "its driver knows"
+    return (
+        f"{gpu.name}, compute capability {gpu.compute_capability}, {in_words(gpu.total_bytes)}, "
+        f"{driver} CUDA {version // 1000}.{version % 1000 // 10}"
+    )
+
+
+def _is_found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _version(distribution: str) -> str:
+    """Version of an importable module's distribution; onnxruntime-gpu holds the module onnxruntime too."""
+    for name in (distribution, f"{distribution}-gpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "of unknown version"
+
+
+def _providers() -> str:
     """Say which providers ONNX Runtime has here."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "not installed"
+    if not _is_found("onnxruntime"):
+        return "it is not installed"
     import onnxruntime
 
-    return f"providers {', '.join(onnxruntime.get_available_providers())}"
+    return ", ".join(onnxruntime.get_available_providers())

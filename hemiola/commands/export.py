@@ -1,4 +1,4 @@
-"""Export a model as the ONNX graphs that some schedules need.
+"""Export a model as the graphs that some schedules need.
 
 All graphs share one weight file. The first schedule is the one that a bundle runs by default; the uncached schedule is
 added as `full`.
@@ -10,18 +10,36 @@ import argparse
 import sys
 from pathlib import Path
 
+from hemiola.arguments import add_model, load_or_draw
 from hemiola_runtime.errors import RequestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="diffusers folder or hub id")
+    add_model(parser)
     parser.add_argument(
         "--schedule",
         action="append",
         required=True,
         metavar="[NAME=]FILE",
         help="from `hemiola search`; may be given again. NAME is the strategy that found it unless given",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch"),
+        default="onnx",
+        help="ONNX graphs, or PyTorch's exported programs, from which the backend inductor builds; default is onnx",
+    )
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=("fp32", "fp16", "bf16"),
+        help="of matrix products, weights and caches; may be given again for graphs in several; default is fp32",
+    )
+    parser.add_argument(
+        "--no-reference",
+        action="store_true",
+        help="draw no images in PyTorch; bundles made of this export are not compared with any",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="graphs, replaced as a whole")
 
@@ -30,7 +48,6 @@ def run(options: argparse.Namespace) -> int:
     """Export."""
     from hemiola.progress import Bar
     from hemiola_export.export import export_pipeline
-    from hemiola_export.model import load_model
     from hemiola_runtime.schedule import Schedule, read_schedule
 
     schedules: dict[str, Schedule] = {}
@@ -44,12 +61,23 @@ def run(options: argparse.Namespace) -> int:
         schedules[name] = schedule
     with Bar("export", unit="part") as bar:
         bar.stage("loading")
-        model = load_model(options.model)
+        model = load_or_draw(options.model, options.random_weights)
 
         def progress(part: str) -> None:
             bar.stage(part)
             bar.advance()
 
-        graphs = export_pipeline(model, schedules, options.out, progress=progress)
-    sys.stdout.write(f"wrote {options.out}: {', '.join(graphs.graphs)}; schedules {', '.join(graphs.schedules)}\n")
+        graphs = export_pipeline(
+            model,
+            schedules,
+            options.out,
+            format=options.format,
+            precisions=options.precision or ["fp32"],
+            has_reference=not options.no_reference,
+            progress=progress,
+        )
+    names = ", ".join(next(iter(graphs.precisions.values())).graphs)
+    sys.stdout.write(
+        f"wrote {options.out} in {', '.join(graphs.precisions)}: {names}; schedules {', '.join(graphs.schedules)}\n"
+    )
     return 0

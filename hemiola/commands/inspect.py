@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hemiola_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from hemiola_runtime.manifest import GraphSpec, Pipeline
+    from hemiola_runtime.manifest import GraphSpec, Manifest, Pipeline
     from hemiola_runtime.schedule import Schedule
 
 
@@ -82,47 +83,76 @@ def _pipeline(pipeline: Pipeline) -> list[str]:
     ]
 
 
-def _engines(graphs: list[GraphSpec]) -> list[str]:
+def _table(graphs: Iterable[GraphSpec], sizes: Mapping[str, int], size_of: str) -> list[str]:
     from hemiola_runtime.artifacts import in_words
 
-    lines = [f"  {'engine':14}{'inputs':>8}{'outputs':>9}{'weights':>11}"]
+    lines = [f"  {'engine':14}{'inputs':>8}{'outputs':>9}{size_of:>11}"]
     for graph in graphs:
-        weights = in_words(sum(weight.num_bytes for weight in graph.weights))
-        lines.append(f"  {graph.name:14}{len(graph.inputs):8}{len(graph.outputs):9}{weights:>11}")
+        size = in_words(sizes[graph.name])
+        lines.append(f"  {graph.name:14}{len(graph.inputs):8}{len(graph.outputs):9}{size:>11}")
     return lines
 
 
 def _graphs(path: Path) -> list[str]:
+    from hemiola_engines.layouts import arrange
     from hemiola_runtime.artifacts import in_words
-    from hemiola_runtime.manifest import WEIGHTS_FILE, read_graph_set
+    from hemiola_runtime.manifest import FRONT, WEIGHTS_FILE, read_graph_set
 
-    graphs = read_graph_set(path)
-    shared = in_words((path / WEIGHTS_FILE).stat().st_size)
-    return [
-        f"graphs in {graphs.precision}",
-        *_pipeline(graphs.pipeline),
-        *_engines(list(graphs.graphs.values())),
-        f"  one weight file for all of them: {shared}",
-        f"  schedules {', '.join(graphs.schedules)}",
-    ]
+    graph_set = read_graph_set(path)
+    lines = ["graphs", *_pipeline(graph_set.pipeline)]
+    for precision, part in graph_set.precisions.items():
+        sizes = {name: sum(weight.num_bytes for weight in graph.weights) for name, graph in part.graphs.items()}
+        shared = in_words((path / precision / WEIGHTS_FILE).stat().st_size)
+        lines += [f"  {precision}:", *_table(part.graphs.values(), sizes, "weights")]
+        lines.append(f"  one weight file for all of them: {shared}")
+        for layout in ("separate", "segmented") if FRONT in part.graphs else ("separate",):
+            total = in_words(sum(sizes[name] for name in arrange(part.graphs, layout)[0]))
+            lines.append(f"  engines that hold their weights, layout {layout}: {total}")
+    return [*lines, f"  schedules {', '.join(graph_set.schedules)}"]
+
+
+def _layout(manifest: Manifest) -> list[str]:
+    """Show which engines make up each forward, and what they cost in bytes."""
+    from hemiola_runtime.artifacts import in_words
+
+    files = {name: manifest.files[graph.file].num_bytes for name, graph in manifest.graphs.items()}
+    weights = {name: sum(weight.num_bytes for weight in graph.weights) for name, graph in manifest.graphs.items()}
+    is_shared = manifest.uses_weight_file
+    lines = _table(manifest.graphs.values(), weights if is_shared else files, "weights" if is_shared else "file")
+    layout = "segmented" if len(manifest.forwards["full"]) > 1 else "separate"
+    chains = ", ".join(f"{name} = {' + '.join(chain)}" for name, chain in manifest.forwards.items())
+    total = in_words(sum(file.num_bytes for path, file in manifest.files.items() if path.startswith("engines/")))
+    return [*lines, f"  layout {layout}: {chains}; {total} of engines and weights"]
 
 
 def _bundle(path: Path) -> list[str]:
-    from hemiola_runtime.sampler import Sampler
+    """Describe a bundle; its engines are not loaded, so this works on any machine."""
+    from hemiola_runtime.bundle import open_bundle
+    from hemiola_runtime.memory import plan_memory
+    from hemiola_runtime.program import lower
 
-    with Sampler.open(path) as sampler:
-        manifest = sampler.manifest
-        lines = [
-            f"bundle for {manifest.backend.name} {manifest.backend.version}, {manifest.precision}, "
-            f"up to {manifest.max_batch_size} images at once",
-            *_pipeline(manifest.pipeline),
-            *_engines([engine.graph for engine in manifest.engines.values()]),
-            f"  memory of a sampler: {sampler.memory_plan}",
-        ]
-        for name, schedule in sampler.schedules.items():
-            parity = manifest.parity.get(name)
-            differs = "" if parity is None else f"; differs from PyTorch by {parity:.1e}"
-            lines += [f"  {name}: {schedule.scheduler.label}, {schedule.summary}{differs}", f"    {schedule.rhythm}"]
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    schedules = {name: bundle.schedule(name) for name in manifest.schedules}
+    programs = [
+        lower(manifest, schedule, bundle.solver_table(schedule), manifest.max_batch_size)
+        for schedule in schedules.values()
+    ]
+    backend = manifest.backend
+    tied = [f"on {backend.gpu}"] if backend.gpu else []
+    tied += [f"compute capability {', '.join(backend.compute_capabilities)}"] if backend.compute_capabilities else []
+    lines = [
+        ", ".join([f"bundle for {backend.name} {backend.version}", *tied, manifest.precision])
+        + f", up to {manifest.max_batch_size} images at once",
+        *_pipeline(manifest.pipeline),
+        *_layout(manifest),
+        f"  memory of a sampler: {plan_memory(manifest, max(program.num_bytes for program in programs), 1)}",
+    ]
+    for name, schedule in schedules.items():
+        parity = manifest.parity.get(name)
+        differs = "" if parity is None else f"; differs from PyTorch by {parity:.1e}"
+        lines += [f"  {name}: {schedule.scheduler.label}, {schedule.summary}{differs}", f"    {schedule.rhythm}"]
+    lines += [f"  {name}: differs from PyTorch by {d:.1e} per step" for name, d in manifest.forward_parity.items()]
     names = list(manifest.pipeline.labels.items())
     shown = ", ".join(f"{label} {name}" for label, name in names[:12])
     lines.append(f"  labels: {shown}{', …' if len(names) > 12 else ''}")

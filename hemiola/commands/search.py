@@ -12,20 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hemiola.arguments import check_output_file, positive
+from hemiola.arguments import add_model, check_output_file, load_or_draw, positive
 from hemiola_runtime.errors import RequestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="diffusers folder or hub id")
+    add_model(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the schedule, a JSON file")
     parser.add_argument("--scheduler", help="ddim, dpm++2m, … or a diffusers class; default is the model's own")
     parser.add_argument(
         "--scheduler-option", action="append", default=[], metavar="KEY=VALUE", help="as use_karras_sigmas=True"
     )
     parser.add_argument("--steps", type=positive, default=50, help="denoising steps T")
-    parser.add_argument("--strategy", default="procache", help="procache, uniform or fewer_steps")
+    parser.add_argument("--strategy", default="procache", help="procache, uniform, fewer_steps or published")
     parser.add_argument("--budget", type=positive, default=17, help="full steps among the T")
     parser.add_argument("--v-min", type=int, default=1, help="fewest cached steps after a full one (ProCache)")
     parser.add_argument("--v-max", type=int, help="most; default is the mean segment, rounded up")
@@ -53,21 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Search."""
     from hemiola.progress import Bar
-    from hemiola_export.model import load_model, make_scheduler
-    from hemiola_runtime.artifacts import write_together
-    from hemiola_runtime.codec import as_json
+    from hemiola_export.model import make_scheduler
     from hemiola_runtime.schedule import TokenSelector
     from hemiola_search.judge import Judge
     from hemiola_search.problem import SearchOptions
-    from hemiola_search.search import find_schedule, problem_for
+    from hemiola_search.search import find_schedule, problem_for, unmeasured_schedule
     from hemiola_search.strategies import STRATEGIES
 
     check_output_file(options.out)
     if options.strategy not in STRATEGIES:
         raise RequestError(f"unknown strategy {options.strategy!r}; known are {', '.join(STRATEGIES)}")
+    if options.random_weights and options.strategy != "published":
+        raise RequestError("on random weights no schedule can be judged; choose --strategy published")
     with Bar("search", unit="step") as bar:
         bar.stage("loading")
-        model = load_model(options.model)
+        model = load_or_draw(options.model, options.random_weights)
         scheduler = make_scheduler(model, options.scheduler, _options(options.scheduler_option))
         try:
             selector = TokenSelector(
@@ -90,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
         )
         guidance: Any = "classifier_free" if options.guidance_scale else "none"
         problem = problem_for(model, scheduler, options.steps, settings, guidance)
+        if options.random_weights:
+            return _write({options.out: unmeasured_schedule(model, problem)}, options.out)
         found = find_schedule(
             model,
             problem,
@@ -101,9 +103,18 @@ def run(options: argparse.Namespace) -> int:
     folder = options.out.parent
     baselines = {folder / "baselines" / f"{name}.json": schedule for name, schedule in found.baselines.items()}
     artifacts = {**baselines, folder / "search.json": found.record, options.out: found.schedule}
+    return _write(artifacts, options.out)
+
+
+def _write(artifacts: dict[Path, Any], out: Path) -> int:
+    """Write all artifacts, and say what the schedule is."""
+    from hemiola_runtime.artifacts import write_together
+    from hemiola_runtime.codec import as_json
+
     write_together({path: as_json(artifact) for path, artifact in artifacts.items()})
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in found.schedule.measured.items())
-    sys.stdout.write(f"{found.schedule.rhythm}\n{found.schedule.summary}\n{figures}\nwrote {options.out}\n")
+    schedule = artifacts[out]
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in schedule.measured.items())
+    sys.stdout.write(f"{schedule.rhythm}\n{schedule.summary}\n{figures}\nwrote {out}\n")
     return 0
 
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Final, TypeVar
 
+from hemiola_runtime.backends import cuda
+from hemiola_runtime.manifest import BackendSpec
 from hemiola_runtime.report import RunReport
 from hemiola_runtime.sampler import Sampler
+
+MIN_ROUNDS: Final = 3  # that are measured even when time is short: a median of fewer is none
+GPU_FIELDS: Final = (  # of `nvidia-smi --query-gpu`
+    *("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu"),
+    *("utilization.gpu", "memory.used", "memory.total"),
+)
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +55,13 @@ class Measurement:
         schedule: its name.
         rhythm: the forwards that ran.
         wall: of whole requests.
-        overhead: share of the wall time outside engines, median.
-        engines: time of one run of each engine, by name; a request's mean, spread over requests.
+        overhead: share of the wall time outside engines, or outside the captured graph, median.
+        engines: time of one run of each engine, by name; a request's mean, spread over requests. Empty where
+            trajectories ran as captured graphs: a sampler opened with `cuda_graphs=False` tells them.
         speedup: against the schedule it was measured against, the median of ratios of neighbouring requests.
+        busy: share of the trajectory that engines ran; where it was captured, share of the wall time that the graph
+            ran. Median. An engine counts as running from its first kernel to its last, gaps between them included.
+        graph_bytes: device memory of the captured trajectory; None if it ran launch by launch.
     """
 
     schedule: str
@@ -49,6 +70,8 @@ class Measurement:
     overhead: float
     engines: dict[str, Spread]
     speedup: float
+    busy: float = 1.0
+    graph_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +99,56 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def gpu_of(backend: BackendSpec) -> cuda.Gpu | None:
+    """Return the GPU that a backend's engines run on here, None where they run on the CPU."""
+    if backend.name == "onnxruntime" or cuda.obstacle() is not None:
+        return None
+    return cuda.Cuda().gpu
+
+
+def gpu_state() -> dict[str, str]:
+    """Return what nvidia-smi says of the first visible GPU at this moment; nothing where there is no nvidia-smi."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    command = ["nvidia-smi", f"--id={visible}", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = next(csv.reader(said.splitlines(), skipinitialspace=True), [])
+    return dict(zip(GPU_FIELDS, values, strict=False))
+
+
+def in_turn(
+    requests: Mapping[K, Callable[[], T]],
+    repeats: int,
+    *,
+    seconds: float = math.inf,
+    on_request: Callable[[], None] = lambda: None,
+) -> dict[K, list[T]]:
+    """Make requests in turn, A B C A B C …, so that a machine that drifts drifts for all of them.
+
+    Args:
+        requests: what makes each, by name.
+        repeats: rounds that count; one before them does not.
+        seconds: after which no further round begins, once MIN_ROUNDS were measured.
+        on_request: told after every request.
+
+    Returns:
+        What the requests of the rounds that count gave, by name; the same number of each.
+    """
+    given: dict[K, list[T]] = {name: [] for name in requests}
+    start = time.monotonic()
+    for round_ in range(repeats + 1):
+        if round_ > MIN_ROUNDS and time.monotonic() - start > seconds:
+            break
+        for name, request in requests.items():
+            result = request()
+            if round_:
+                given[name].append(result)
+            on_request()
+    return given
+
+
 def measure(
     sampler: Sampler,
     schedules: Sequence[str],
@@ -85,7 +158,7 @@ def measure(
     repeats: int,
     on_request: Callable[[], None] = lambda: None,
 ) -> dict[str, Measurement]:
-    """Measure schedules in turn, A B C A B C …, so that a machine that drifts drifts for all of them.
+    """Measure schedules in turn.
 
     Args:
         sampler: an open bundle.
@@ -95,20 +168,20 @@ def measure(
         repeats: requests of each schedule that count; one before them does not.
         on_request: told after every request.
     """
-    names = list(dict.fromkeys([against, *schedules]))
+    names = dict.fromkeys([against, *schedules])
+    requests = {name: partial(sample, sampler, name, batch_size) for name in names}
+    reports = in_turn(requests, repeats, on_request=on_request)
+    return {name: summary(reports[name], reports[against]) for name in names}
+
+
+def sample(sampler: Sampler, schedule: str, batch_size: int) -> RunReport:
+    """Draw a batch of the first classes, and return what ran."""
     classes = len(sampler.manifest.pipeline.labels)
-    labels = [i % classes for i in range(batch_size)]
-    reports: dict[str, list[RunReport]] = {name: [] for name in names}
-    for repeat in range(repeats + 1):
-        for name in names:
-            report = sampler.generate(labels=labels, seeds=repeat, schedule=name).report
-            if repeat:
-                reports[name].append(report)
-            on_request()
-    return {name: _summary(reports[name], reports[against]) for name in names}
+    return sampler.generate(labels=[i % classes for i in range(batch_size)], schedule=schedule).report
 
 
-def _summary(reports: Sequence[RunReport], base: Sequence[RunReport]) -> Measurement:
+def summary(reports: Sequence[RunReport], base: Sequence[RunReport]) -> Measurement:
+    """Sum up the reports of one schedule; `base` are those of the schedule that speed-ups refer to, in turn."""
     first = reports[0]
     return Measurement(
         schedule=first.schedule,
@@ -117,7 +190,15 @@ def _summary(reports: Sequence[RunReport], base: Sequence[RunReport]) -> Measure
         overhead=median(report.overhead for report in reports),
         engines={
             name: Spread.of([report.engine_ms[name] / report.counts[name] for report in reports])
-            for name in first.counts
+            for name in first.engine_ms
         },
         speedup=median(theirs.wall_ms / mine.wall_ms for mine, theirs in zip(reports, base, strict=True)),
+        busy=median(_busy(report) for report in reports),
+        graph_bytes=first.graph_bytes,
     )
+
+
+def _busy(report: RunReport) -> float:
+    if report.graph_bytes is not None:
+        return report.trajectory_ms / report.wall_ms
+    return sum(report.engine_ms.values()) / report.trajectory_ms

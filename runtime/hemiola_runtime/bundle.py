@@ -30,13 +30,19 @@ class Bundle:
         folder: where it lies.
         manifest: what it says it is.
         files: content by path, of all files but the weights.
-        weights: the weight file, mapped read-only.
+        weights: the weight file, mapped read-only; empty where the engines hold their weights.
     """
 
     folder: Path
     manifest: Manifest
     files: dict[str, bytes]
     weights: NDArray[np.uint8]
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where the weight file lies; the bundle's own folder if it has none."""
+        found = [path for path in self.manifest.files if path.endswith(WEIGHTS_FILE)]
+        return self.folder.joinpath(*found).parent if found else self.folder
 
     def schedule(self, name: str) -> Schedule:
         """Return one of the bundle's schedules.
@@ -60,7 +66,7 @@ class Bundle:
         Raises:
             ScheduleError: it cannot; the message names both sides.
         """
-        self.manifest.pipeline.check_schedule(schedule, self.manifest.forwards)
+        self.manifest.pipeline.check_schedule(schedule, set(self.manifest.forwards))
         self.manifest.solver_file(schedule.scheduler)
 
     def solver_table(self, schedule: Schedule) -> SolverTable:
@@ -79,7 +85,7 @@ def open_bundle(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
     root = folder.resolve()
     files: dict[str, bytes] = {}
-    weights: NDArray[np.uint8] | None = None
+    weights: NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
     for name, expected in manifest.files.items():
         path = _resolved(root / name, name)
         if not path.is_relative_to(root):
@@ -99,7 +105,7 @@ def open_bundle(folder: Path) -> Bundle:
             files[name] = data
         else:
             weights = data
-    if weights is None:
+    if manifest.uses_weight_file and not len(weights):
         raise BundleError(f"the manifest of {folder} names no weight file. Build it again with `hemiola build`")
     return Bundle(root, manifest, files, weights)
 

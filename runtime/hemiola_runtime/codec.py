@@ -77,6 +77,8 @@ def _decode_dataclass(kind: type, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), "an object", data, where)
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
+    if "schema" in hints and "schema" in data:  # the first thing to be wrong about a file of another release
+        decode(hints["schema"], data["schema"], f"{where}.schema")
     if unknown := sorted(set(data) - set(names)):
         raise ValueError(f"{where}: unknown key {', '.join(map(repr, unknown))}; known are {', '.join(names)}")
     if missing := [name for name in names if name not in data]:

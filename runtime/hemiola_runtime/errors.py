@@ -6,6 +6,7 @@ HemiolaError                 anything Hemiola refuses or fails at, on purpose
 │   └── IntegrityError       its bytes are not those that were built               → fetch or build again
 ├── RequestError             the request asks for what the bundle cannot do        → change the request
 ├── CapacityError            it does not fit into this machine's memory            → smaller batch, other machine
+├── DeviceError              the GPU or its driver failed                          → start the process again
 ├── CancelledError           the caller cancelled the request                      → nothing to mend
 ├── NumericError             NaN or infinity appeared on the way                   → precision, or a bug
 └── EngagementError          other forwards ran than the schedule names            → a bug: please report it
@@ -34,6 +35,10 @@ class RequestError(HemiolaError, ValueError):
 
 class CapacityError(HemiolaError):
     """What was asked for does not fit into this machine's memory."""
+
+
+class DeviceError(HemiolaError):
+    """The GPU or its driver failed while it was used."""
 
 
 class CancelledError(HemiolaError):

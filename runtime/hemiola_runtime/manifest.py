@@ -19,6 +19,7 @@ from hemiola_runtime.schedule import Forward, ModelIdentity, Schedule, Scheduler
 
 CONDITIONING: Final = "conditioning"  # engine that runs once, ahead of the steps
 VAE_DECODER: Final = "vae_decoder"  # engine that runs once, after them
+FRONT: Final = "front"  # graph of the shallow blocks of `full`; `deep` goes on from there
 MANIFEST_FILE: Final = "manifest.json"
 GRAPHS_FILE: Final = "graphs.json"
 WEIGHTS_FILE: Final = "weights.bin"
@@ -31,8 +32,12 @@ SYMBOLS: Final = ("B", "R", "K", "T", STEP_TABLE)
 
 T = TypeVar("T")
 
-DType = Literal["float32", "int64"]
-ITEMSIZE: Final[Mapping[str, int]] = {"float32": 4, "int64": 8}
+DType = Literal["float32", "float16", "bfloat16", "int64"]
+ITEMSIZE: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+
+GraphFormat = Literal["onnx", "torch"]
+Precision = Literal["fp32", "fp16", "bf16"]  # of matrix products, weights and caches
+PRECISIONS: Final[Mapping[Precision, DType]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class GraphSpec:
     """One ONNX graph.
 
     Attributes:
-        name: a forward, `conditioning` or `vae_decoder`.
+        name: a forward, `front`, `conditioning` or `vae_decoder`.
         file: within its folder.
         sha256: of the file.
         inputs: in the graph's order. An output `next_x` replaces the tensor `x`.
@@ -186,33 +191,70 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
-class GraphSet:
-    """The folder that export leaves: graphs, one weight file, schedules, solver tables, reference images.
+class Graphs:
+    """The graphs of one precision, over one weight file.
 
     Attributes:
-        schema: of the file, now 1.
+        graphs: by name; their files lie in a folder called by the precision, beside their weights.
+        weights_sha256: of the weight file that they share.
+    """
+
+    graphs: dict[str, GraphSpec]
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSet:
+    """The folder that export leaves: graphs and weights in one precision or several, schedules, solver tables.
+
+    Attributes:
+        schema: of the file, now 2.
         pipeline: what the graphs compute.
-        precision: of weights and caches.
-        graphs: by name.
-        weights_sha256: of the shared weight file.
+        format: of the graphs' files: ONNX, or PyTorch's exported programs, which only its own compiler builds from.
+        precisions: the graphs, by precision.
         schedules: name → file; the first is the one that runs unless another is asked for.
         solvers: digest of the scheduler → file.
+        has_reference: whether there are images that PyTorch drew, by which engines are judged.
         made_by: command and versions.
     """
 
-    schema: Literal[1]
+    schema: Literal[2]
     pipeline: Pipeline
-    precision: Literal["fp32"]
-    graphs: dict[str, GraphSpec]
-    weights_sha256: str
+    format: GraphFormat
+    precisions: dict[str, Graphs]
     schedules: dict[str, str]
     solvers: dict[str, str]
+    has_reference: bool
     made_by: MadeBy
 
     def __post_init__(self) -> None:
-        named = [graph.file for graph in self.graphs.values()]
+        if not self.precisions or not set(self.precisions) <= set(PRECISIONS):
+            raise ValueError(
+                f"graphs are {', '.join(PRECISIONS)}, not {', '.join(self.precisions) or 'of no precision'}"
+            )
+        named = [graph.file for part in self.precisions.values() for graph in part.graphs.values()]
         for path in (*named, *self.schedules.values(), *self.solvers.values()):
             _check_path(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The sizes that an engine was tuned for, as in TensorRT's optimization profiles.
+
+    Attributes:
+        sides: smallest, likeliest and largest number behind those of the symbols B, K and T that its inputs have.
+    """
+
+    sides: dict[str, tuple[int, int, int]]
+
+    def __post_init__(self) -> None:
+        for symbol, (least, likely, most) in self.sides.items():
+            if symbol not in ("B", "K", "T") or not 1 <= least <= likely <= most:
+                raise ValueError(f"{symbol} = {least} ≤ {likely} ≤ {most} is no side of a profile")
+
+    def covers(self, symbols: Mapping[str, int]) -> bool:
+        """Tell whether the engine takes these sizes under this profile."""
+        return all(least <= symbols[symbol] <= most for symbol, (least, _, most) in self.sides.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +264,12 @@ class EngineSpec:
     Attributes:
         graph: its inputs, outputs and weights; `file` is the engine's file within the bundle.
         key: digest of all that went into it; an engine is built again only if it changes.
+        profiles: what it was tuned for; none where the backend takes all sizes alike.
     """
 
     graph: GraphSpec
     key: str
+    profiles: tuple[Profile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,10 +282,21 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """What the engines were built by: name and exact version."""
+    """What the engines were built by, and what they are tied to.
+
+    Attributes:
+        name: of the backend.
+        version: of it, exactly.
+        gpu: name of the GPU they were built on, if they run on no other; else None.
+        compute_capabilities: of the GPUs they run on, as in "8.9"; none where that does not matter.
+        is_version_compatible: whether newer versions run them too, and TensorRT's lean runtime.
+    """
 
     name: str
     version: str
+    gpu: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    is_version_compatible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,30 +304,35 @@ class Manifest:
     """The folder that is deployed.
 
     Attributes:
-        schema: of the file, now 1.
+        schema: of the file, now 2.
         backend: what runs the engines.
         pipeline: what they compute.
-        precision: of weights and caches.
+        precision: of matrix products, weights and caches.
         max_batch_size: largest B that is served.
         engines: by name.
+        forwards: the engines that make up each forward, in order.
         schedules: name → file; the first is the default.
         solvers: digest of the scheduler → file.
         files: every file of the bundle but this one, by its path within it.
-        parity: relative L2 of the final latents against PyTorch, by schedule, measured when the bundle was built.
+        parity: relative L2 of the final latents against PyTorch in float32, by schedule; empty until it was measured.
+        forward_parity: largest relative L2 of what each forward leaves, against PyTorch in float32 on the inputs of a
+            real trajectory; empty until it was measured.
         made_by: command and versions.
         digest: SHA-256 over all of the above; set when the manifest is written, checked when it is read.
     """
 
-    schema: Literal[1]
+    schema: Literal[2]
     backend: BackendSpec
     pipeline: Pipeline
-    precision: Literal["fp32"]
+    precision: Precision
     max_batch_size: int
     engines: dict[str, EngineSpec]
+    forwards: dict[str, tuple[str, ...]]
     schedules: dict[str, str]
     solvers: dict[str, str]
     files: dict[str, FileSpec]
     parity: dict[str, float]
+    forward_parity: dict[str, float]
     made_by: MadeBy
     digest: str = field(default="", compare=False)
 
@@ -283,17 +343,27 @@ class Manifest:
         for path in (*named, *self.schedules.values(), *self.solvers.values()):
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but has no digest in `files`")
-        if missing := {UNCACHED, CONDITIONING} - set(self.engines):
+        wanted = {CONDITIONING, *(engine for chain in self.forwards.values() for engine in chain)}
+        if missing := wanted - set(self.engines):
             raise ValueError(f"there is no engine {', '.join(sorted(missing))}")
+        if unknown := set(self.forwards) - {forward.value for forward in Forward}:
+            raise ValueError(f"{', '.join(sorted(unknown))} is no forward")
+        if not self.forwards.get(Forward.FULL.value) or not all(self.forwards.values()):
+            raise ValueError("a forward, `full` or another, has no engine")
         if UNCACHED not in self.schedules:
             raise ValueError(f"there is no schedule `{UNCACHED}`")
         if self.max_batch_size < 1:
             raise ValueError(f"max_batch_size is 1 or more, not {self.max_batch_size}")
 
     @property
-    def forwards(self) -> set[str]:
-        """Names of the forwards that have an engine."""
-        return {forward.value for forward in Forward} & set(self.engines)
+    def graphs(self) -> dict[str, GraphSpec]:
+        """What the engines read and write, by name."""
+        return {name: engine.graph for name, engine in self.engines.items()}
+
+    @property
+    def uses_weight_file(self) -> bool:
+        """Whether weights lie in a file beside the engines instead of within them."""
+        return any(graph.weights for graph in self.graphs.values())
 
     def solver_file(self, scheduler: SchedulerIdentity) -> str:
         """Return the file of a scheduler's table.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hemiola_runtime.artifacts import in_words
+from hemiola_runtime.backends import entry_of
 from hemiola_runtime.errors import CapacityError
-from hemiola_runtime.manifest import Manifest
+from hemiola_runtime.manifest import WEIGHTS_FILE, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +39,50 @@ class MemoryPlan:
         )
 
     def check(self, available_bytes: int | None) -> None:
-        """Refuse a plan that does not fit.
+        """Refuse a plan that does not fit, before anything is loaded.
 
         Args:
-            available_bytes: free memory, None if unknown.
+            available_bytes: free memory where engines run, None if unknown.
 
         Raises:
             CapacityError: with the numbers.
         """
-        if available_bytes is not None and self.total_bytes > available_bytes:
+        self._refuse_beyond(self.total_bytes, available_bytes, "")
+
+    def with_activation(self, activation_bytes: int) -> MemoryPlan:
+        """Return the plan with the engines' own word on their intermediate tensors in place of the estimate."""
+        return replace(self, activation_bytes=activation_bytes)
+
+    def check_workspaces(self, available_bytes: int | None) -> None:
+        """Refuse workspaces that do not fit, once the weights are loaded.
+
+        Raises:
+            CapacityError: with the numbers.
+        """
+        self._refuse_beyond(self.total_bytes - self.weights_bytes, available_bytes, " (the weights are loaded)")
+
+    def _refuse_beyond(self, wanted_bytes: int, available_bytes: int | None, when: str) -> None:
+        if available_bytes is not None and wanted_bytes > available_bytes:
             raise CapacityError(
-                f"the bundle needs {self}, but {in_words(available_bytes)} are free. "
+                f"the bundle needs {self}, but {in_words(available_bytes)} are free{when}. "
                 "Lower max_concurrency, or build with a smaller --max-batch-size"
             )
 
 
-def plan_memory(manifest: Manifest, weights_bytes: int, workspace_bytes: int, max_concurrency: int) -> MemoryPlan:
+def plan_memory(manifest: Manifest, workspace_bytes: int, max_concurrency: int) -> MemoryPlan:
     """Add up what serving takes."""
     rows = manifest.max_batch_size * manifest.pipeline.rows_per_image
-    activation = max(engine.graph.activation_bytes_per_row for engine in manifest.engines.values())
-    return MemoryPlan(weights_bytes, workspace_bytes, rows * activation, max_concurrency)
+    activation = max(graph.activation_bytes_per_row for graph in manifest.graphs.values())
+    return MemoryPlan(_weights_bytes(manifest), workspace_bytes, rows * activation, max_concurrency)
+
+
+def _weights_bytes(manifest: Manifest) -> int:
+    """Add up weights: within the engine files, or in the weight file, once or once for every engine."""
+    if not manifest.uses_weight_file:
+        return sum(manifest.files[graph.file].num_bytes for graph in manifest.graphs.values())
+    if entry_of(manifest.backend.name).copies_weights:
+        return sum(weight.num_bytes for graph in manifest.graphs.values() for weight in graph.weights)
+    return sum(file.num_bytes for path, file in manifest.files.items() if path.endswith(WEIGHTS_FILE))
 
 
 def available_host_bytes() -> int | None:

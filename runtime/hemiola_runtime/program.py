@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from hemiola_runtime.errors import ScheduleError
 from hemiola_runtime.manifest import (
     CONDITIONING,
     ITEMSIZE,
     STEP_TABLE,
     VAE_DECODER,
     DType,
-    GraphSpec,
-    Pipeline,
+    Manifest,
     TensorSpec,
 )
-from hemiola_runtime.schedule import Forward, Schedule
+from hemiola_runtime.schedule import Schedule
 from hemiola_runtime.solver_table import SolverTable
 
 ALIGNMENT: Final = 256  # of every tensor's address, in bytes, as TensorRT wants it
@@ -59,12 +59,14 @@ class Launch:
 
     Attributes:
         engine: its name.
-        step: which model evaluation this is; None for conditioning and decoder.
+        step: which model evaluation this is part of; None for conditioning and decoder.
+        sizes: the number behind each symbol of the shapes: B, K (0 without selected tokens), T.
         tensors: where each input and output of the engine lies.
     """
 
     engine: str
     step: int | None
+    sizes: Mapping[str, int]
     tensors: Mapping[str, Placed]
 
 
@@ -80,12 +82,15 @@ class Constant:
 class Program:
     """What runs a schedule for one batch size.
 
+    Constants lie at the start of the workspace and inputs behind them, so that each is written in one copy.
+
     Attributes:
         launches: in order.
-        constants: written once, when the program is bound to a workspace.
+        constants: written when the program is the first on a workspace, or another has used it since.
         inputs: what every request writes: `state` (row 0 the initial latents, the others zero), `labels`, `guidance`.
         latents: where the final latents are.
         images: where the decoded images are; None without a decoder.
+        staged_bytes: of constants and inputs, from the start of the workspace.
         num_bytes: of the workspace.
     """
 
@@ -94,6 +99,7 @@ class Program:
     inputs: Mapping[str, Placed]
     latents: Placed
     images: Placed | None
+    staged_bytes: int
     num_bytes: int
 
 
@@ -113,59 +119,59 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def lower(
-    pipeline: Pipeline, graphs: Mapping[str, GraphSpec], schedule: Schedule, table: SolverTable, batch_size: int
-) -> Program:
+def lower(manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int) -> Program:
     """Lower a schedule for one batch size.
 
     An output `next_x` takes the place of `x`. Where the same launch also reads `x`, it goes to a second place and the
     two swap roles, since no backend promises to read and write one tensor in place.
 
     Args:
-        pipeline: of the bundle.
-        graphs: descriptions of the engines, by name.
+        manifest: of the bundle.
         schedule: checked against the pipeline.
         table: of the schedule's scheduler, with the pipeline's number of state rows.
         batch_size: B.
+
+    Raises:
+        ScheduleError: an engine was not built for the sizes that the schedule asks for.
     """
-    return _Lowering(pipeline, graphs, schedule, table, batch_size).run()
+    return _Lowering(manifest, schedule, table, batch_size).run()
 
 
 class _Lowering:
     """The state of one lowering: which tensor lies where by now."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        graphs: Mapping[str, GraphSpec],
-        schedule: Schedule,
-        table: SolverTable,
-        batch_size: int,
-    ) -> None:
-        self.graphs = graphs
+    def __init__(self, manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int) -> None:
+        self.manifest = manifest
+        self.graphs = manifest.graphs
         self.schedule = schedule
         self.table = table
         self.layout = _Layout()
-        self.symbols = pipeline.symbols(batch_size, len(schedule.steps))
+        self.symbols = manifest.pipeline.symbols(batch_size, len(schedule.steps))
         self.current: dict[str, Placed] = {}  # where each tensor is now
         self.spare: dict[str, Placed] = {}  # its second place, if it is ever read and written by one launch
         self.constants: list[Constant] = []
-        self.slots: dict[int, Placed] = {}
 
     def run(self) -> Program:
-        launches = [self._conditioning()]
-        first_step = {spec.name: spec for spec in self.graphs[Forward.FULL.value].inputs}
-        tables = [spec.name for spec in self.graphs[CONDITIONING].outputs if spec.shape[0] == STEP_TABLE]
-        per_step = {name: self._entries(first_step[name]) for name in tables}
-        per_step |= {name: self._solver_places(first_step[name]) for name in SOLVER}
-        inputs = {"labels": launches[0].tensors["labels"]}
-        for name in sorted(first_step.keys() - per_step.keys()):  # what else the first step reads is the request's
-            inputs[name] = self.current[name] = self._place(first_step[name])
+        tables = {spec.name for spec in self.graphs[CONDITIONING].outputs if spec.shape[0] == STEP_TABLE}
+        per_step_specs, request_specs = self._first_step(tables)
+        timesteps = self._constant(self._input(CONDITIONING, "timesteps"), tuple(self.schedule.scheduler.timesteps))
+        per_step = {name: self._solver_places(per_step_specs[name]) for name in SOLVER}
+        slots = self._token_slots()
+        inputs = {spec.name: self._place(spec) for spec in self.graphs[CONDITIONING].inputs if spec.name == "labels"}
+        inputs |= {name: self._place(spec) for name, spec in sorted(request_specs.items())}
+        staged_bytes = self.layout.num_bytes
+        self.current = {name: place for name, place in inputs.items() if name in request_specs}
+
+        launches = [self._launch(CONDITIONING, None, {"timesteps": timesteps, "labels": inputs["labels"]})]
+        per_step |= {name: self._entries(per_step_specs[name]) for name in sorted(tables)}
         for i, step in enumerate(self.schedule.steps):
-            given = {name: per_step[name][i] for name in self._reads(step.forward.value) if name in per_step}
+            given = {name: places[i] for name, places in per_step.items()}
             if step.tokens is not None:
-                given["token_slots"] = self._token_slots(step.tokens)
-            launches.append(self._launch(step.forward.value, i, given))
+                given["token_slots"] = slots[step.tokens]
+            launches += [
+                self._launch(engine, i, given, step.tokens or 0)
+                for engine in self.manifest.forwards[step.forward.value]
+            ]
         state = self.current["state"]
         latents = Placed(state.offset, state.shape[1:], state.dtype)
         images = None
@@ -173,20 +179,33 @@ class _Lowering:
             launches.append(self._launch(VAE_DECODER, None, {"latents": latents}))
             images = launches[-1].tensors["images"]
         return Program(
-            tuple(launches), tuple(self.constants), inputs, latents, images, max(self.layout.num_bytes, ALIGNMENT)
+            tuple(launches), tuple(self.constants), inputs, latents, images, staged_bytes, self.layout.num_bytes
         )
 
-    def _reads(self, engine: str) -> list[str]:
-        return [spec.name for spec in self.graphs[engine].inputs]
+    def _first_step(self, tables: set[str]) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Sort what the first step reads: what is new at every step, and what only a request can give."""
+        per_step: dict[str, TensorSpec] = {}
+        request: dict[str, TensorSpec] = {}
+        written: set[str] = set()
+        for engine in self.manifest.forwards[self.schedule.steps[0].forward.value]:
+            for spec in self.graphs[engine].inputs:
+                if spec.name in tables or spec.name in SOLVER:
+                    per_step[spec.name] = spec
+                elif spec.name not in written:
+                    request[spec.name] = spec
+            written |= {spec.name.removeprefix("next_") for spec in self.graphs[engine].outputs}
+        return per_step, request
+
+    def _input(self, engine: str, name: str) -> TensorSpec:
+        return next(spec for spec in self.graphs[engine].inputs if spec.name == name)
 
     def _place(self, spec: TensorSpec) -> Placed:
         return self.layout.place(spec.resolve(self.symbols), spec.dtype)
 
-    def _conditioning(self) -> Launch:
-        timesteps = tuple(self.schedule.scheduler.timesteps)
-        given = {spec.name: self._place(spec) for spec in self.graphs[CONDITIONING].inputs}
-        self.constants.append(Constant(given["timesteps"], timesteps))
-        return self._launch(CONDITIONING, None, given)
+    def _constant(self, spec: TensorSpec, values: tuple[float, ...]) -> Placed:
+        place = self._place(spec)
+        self.constants.append(Constant(place, values))
+        return place
 
     def _entries(self, spec: TensorSpec) -> list[Placed]:
         """Return where each step's entry lies in a table that conditioning wrote, one behind the other."""
@@ -195,39 +214,49 @@ class _Lowering:
 
     def _solver_places(self, spec: TensorSpec) -> list[Placed]:
         """Place each step's numbers of the solver table, as constants."""
-        places = [self._place(spec) for _ in self.schedule.steps]
-        for i, place in enumerate(places):
-            if spec.name == "input_scale":
-                values: tuple[float, ...] = (self.table.input_scale[i],)
-            else:
-                values = tuple(weight for row in self.table.coefficients[i] for weight in row)
-            self.constants.append(Constant(place, values))
-        return places
+        if spec.name == "input_scale":
+            return [self._constant(spec, (scale,)) for scale in self.table.input_scale]
+        return [self._constant(spec, tuple(w for row in rows for w in row)) for rows in self.table.coefficients]
 
-    def _token_slots(self, count: int) -> Placed:
-        if count not in self.slots:
-            self.slots[count] = self.layout.place((count,), "int64")
-            self.constants.append(Constant(self.slots[count], tuple(range(count))))
-        return self.slots[count]
+    def _token_slots(self) -> dict[int, Placed]:
+        """Place, for every token count of the schedule, an input whose length is the count."""
+        counts = sorted({step.tokens for step in self.schedule.steps if step.tokens is not None})
+        return {
+            count: self._constant(TensorSpec("token_slots", "int64", (count,)), tuple(range(count))) for count in counts
+        }
 
-    def _launch(self, engine: str, step: int | None, given: Mapping[str, Placed]) -> Launch:
+    def _launch(self, engine: str, step: int | None, given: Mapping[str, Placed], num_selected: int = 0) -> Launch:
         graph = self.graphs[engine]
-        tensors = dict(given)
-        reads = self._reads(engine)
+        sizes = {"B": self.symbols["B"], "K": num_selected, "T": self.symbols["T"]}
+        self._check_profiles(engine, sizes)
+        tensors: dict[str, Placed] = {}
         for spec in graph.inputs:
-            if spec.name not in tensors:
-                assert spec.name in self.current, (
-                    f"step {step}: `{engine}` reads {spec.name}, which nothing has written"
-                )
-                tensors[spec.name] = self.current[spec.name]
+            assert spec.name in given or spec.name in self.current, (
+                f"step {step}: `{engine}` reads {spec.name}, which nothing has written"
+            )
+            tensors[spec.name] = given[spec.name] if spec.name in given else self.current[spec.name]
         following = {}
         for spec in graph.outputs:
             name = spec.name.removeprefix("next_")
-            if name in reads:
+            if name in tensors:
                 following[name] = self.spare.pop(name) if name in self.spare else self._place(spec)
                 self.spare[name] = self.current[name]
             else:
                 following[name] = self.current[name] if name in self.current else self._place(spec)
             tensors[spec.name] = following[name]
         self.current |= following
-        return Launch(engine, step, {spec.name: tensors[spec.name] for spec in (*graph.inputs, *graph.outputs)})
+        return Launch(engine, step, sizes, tensors)
+
+    def _check_profiles(self, engine: str, sizes: Mapping[str, int]) -> None:
+        profiles = self.manifest.engines[engine].profiles
+        if not profiles or any(profile.covers(sizes) for profile in profiles):
+            return
+        asked = ", ".join(f"{symbol} = {sizes[symbol]}" for symbol in profiles[0].sides)
+        built = "; ".join(
+            ", ".join(f"{symbol} = {least} … {most}" for symbol, (least, _, most) in profile.sides.items())
+            for profile in profiles
+        )
+        raise ScheduleError(
+            f"the schedule runs `{engine}` with {asked}, but the engine was built for {built} "
+            "(B images, K tokens, T model evaluations). Export with this schedule among the others, and build again"
+        )

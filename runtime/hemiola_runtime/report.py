@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hemiola_runtime.errors import EngagementError
 from hemiola_runtime.schedule import Forward, Schedule
+from hemiola_runtime.slot import Ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +20,11 @@ class RunReport:
         rhythm: one letter per step, of the forwards that ran.
         batch_size: images.
         counts: how often each engine ran.
-        engine_ms: milliseconds spent in each engine, all its runs together.
+        engine_ms: milliseconds spent in each engine, all its runs together; empty where the trajectory ran as one
+            captured CUDA graph.
+        trajectory_ms: milliseconds from the begin of the first launch to the end of the last.
         wall_ms: milliseconds from writing the request into the workspace to the last image.
+        graph_bytes: device memory of the captured trajectory; None if it ran launch by launch.
     """
 
     schedule: str
@@ -27,47 +32,61 @@ class RunReport:
     batch_size: int
     counts: dict[str, int]
     engine_ms: dict[str, float]
+    trajectory_ms: float
     wall_ms: float
+    graph_bytes: int | None
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time that was spent outside engines."""
-        return 1 - sum(self.engine_ms.values()) / self.wall_ms if self.wall_ms else 0.0
+        """Share of the wall time that was spent outside engines, or outside the captured graph."""
+        inside = self.trajectory_ms if self.graph_bytes is not None else sum(self.engine_ms.values())
+        return 1 - inside / self.wall_ms if self.wall_ms else 0.0
 
 
-@dataclass(slots=True)
-class Tally:
-    """Counts launches as they happen."""
+def report_of(
+    name: str,
+    schedule: Schedule,
+    forwards: Mapping[str, tuple[str, ...]],
+    batch_size: int,
+    ran: Ran,
+    wall_ms: float,
+) -> RunReport:
+    """Count what ran.
 
-    steps: list[str]
-    counts: Counter[str]
-    engine_ms: dict[str, float]
+    Args:
+        name: of the schedule.
+        schedule: what should have run.
+        forwards: the engines that make up each forward.
+        batch_size: images.
+        ran: what did run.
+        wall_ms: of the whole request.
 
-    @classmethod
-    def empty(cls) -> Tally:
-        """Begin a count."""
-        return cls([], Counter(), {})
-
-    def add(self, engine: str, milliseconds: float) -> None:
-        """Count one run."""
-        if engine in _SYMBOLS:
-            self.steps.append(engine)
-        self.counts[engine] += 1
-        self.engine_ms[engine] = self.engine_ms.get(engine, 0.0) + milliseconds
-
-    def report(self, name: str, schedule: Schedule, batch_size: int, wall_ms: float) -> RunReport:
-        """Close the count.
-
-        Raises:
-            EngagementError: other forwards ran than the schedule names.
-        """
-        rhythm = "".join(_SYMBOLS[engine] for engine in self.steps)
-        if rhythm != schedule.rhythm:
-            raise EngagementError(
-                f"the schedule {name} is {schedule.rhythm}, but {rhythm} ran. The cache did not engage as promised; "
-                "this is a fault of Hemiola, please report it"
-            )
-        return RunReport(name, rhythm, batch_size, dict(self.counts), self.engine_ms, wall_ms)
+    Raises:
+        EngagementError: other forwards ran than the schedule names.
+    """
+    rhythm = _rhythm(ran.engines, forwards)
+    if rhythm != schedule.rhythm:
+        raise EngagementError(
+            f"the schedule {name} is {schedule.rhythm}, but {rhythm} ran. The cache did not engage as promised; "
+            "this is a fault of Hemiola, please report it"
+        )
+    engine_ms: dict[str, float] = defaultdict(float)
+    for engine, milliseconds in zip(ran.engines, ran.engine_ms, strict=False):  # none of a captured trajectory
+        engine_ms[engine] += milliseconds
+    counts = dict(Counter(ran.engines))
+    return RunReport(name, rhythm, batch_size, counts, dict(engine_ms), ran.trajectory_ms, wall_ms, ran.graph_bytes)
 
 
-_SYMBOLS = {forward.value: forward.symbol for forward in Forward}
+def _rhythm(engines: Sequence[str], forwards: Mapping[str, tuple[str, ...]]) -> str:
+    """Read forwards off the engines that ran, longer chains first: `deep` behind `front` is part of `full`."""
+    chains = sorted(((chain, Forward(name).symbol) for name, chain in forwards.items()), key=lambda c: -len(c[0]))
+    of_steps = [engine for engine in engines if any(engine in chain for chain, _ in chains)]
+    rhythm, i = "", 0
+    while i < len(of_steps):
+        for chain, symbol in chains:
+            if tuple(of_steps[i : i + len(chain)]) == chain:
+                rhythm, i = rhythm + symbol, i + len(chain)
+                break
+        else:
+            rhythm, i = f"{rhythm}?", i + 1
+    return rhythm

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,15 +15,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hemiola_runtime.backends import BackendOptions, Bound, Engine, Workspace, open_backend
+from hemiola_runtime.backends import BackendOptions, Engine, open_backend
 from hemiola_runtime.bundle import Bundle, open_bundle
-from hemiola_runtime.errors import CancelledError, NumericError, RequestError, ScheduleError
-from hemiola_runtime.manifest import WEIGHTS_FILE, Manifest
-from hemiola_runtime.memory import MemoryPlan, available_host_bytes, plan_memory
+from hemiola_runtime.errors import CancelledError, HemiolaError, NumericError, RequestError, ScheduleError
+from hemiola_runtime.manifest import Manifest
+from hemiola_runtime.memory import MemoryPlan, plan_memory
 from hemiola_runtime.program import Program, lower
-from hemiola_runtime.report import RunReport, Tally
+from hemiola_runtime.report import RunReport, report_of
 from hemiola_runtime.request import Request, request_from_arguments
 from hemiola_runtime.schedule import Schedule, read_schedule
+from hemiola_runtime.slot import BoundProgram, Slot
 from hemiola_runtime.solver_table import SolverTable
 
 DEFAULT_GUIDANCE: Final = 4.0  # as in diffusers' DiTPipeline
@@ -50,7 +52,7 @@ class Progress:
     Attributes:
         step: its index; the first is 0.
         num_steps: of the schedule.
-        forward: the engine that ran.
+        forward: what ran.
         elapsed_ms: since the request was written into the workspace.
         result: the images, with the last step; None before.
     """
@@ -60,23 +62,6 @@ class Progress:
     forward: str
     elapsed_ms: float
     result: Result | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A program bound to one workspace, with its constants as arrays."""
-
-    program: Program
-    launches: tuple[Bound, ...]
-    constants: tuple[NDArray[Any], ...]
-
-
-class _Slot:
-    """The workspace of one request at a time, and the programs that were bound to it."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.prepared: dict[tuple[str, int], _Prepared] = {}
 
 
 class Sampler:
@@ -96,25 +81,36 @@ class Sampler:
         self._tables: dict[str, SolverTable] = {
             name: bundle.solver_table(schedule) for name, schedule in self._schedules.items()
         }
-        self._graphs = {name: engine.graph for name, engine in self._manifest.engines.items()}
-        largest = max(self._lower(name, self._manifest.max_batch_size).num_bytes for name in self._schedules)
-        self.memory_plan: MemoryPlan = plan_memory(
-            self._manifest, bundle.weights.nbytes, largest, options.max_concurrency
+        programs = [self._lower(name, self._manifest.max_batch_size) for name in self._schedules]
+        workspace_bytes = max(program.num_bytes for program in programs)
+        staged_bytes = max(program.staged_bytes for program in programs)
+        self.memory_plan: MemoryPlan = plan_memory(self._manifest, workspace_bytes, options.max_concurrency)
+        self._is_closed = False
+        self._preparing = threading.Lock()  # one trajectory is bound and captured at a time
+        self._holding_all = threading.Lock()  # two threads that each hold some slots would wait for each other
+        self._engines: dict[str, Engine] = {}
+        self._slots: list[Slot] = []
+        self._backend = open_backend(
+            self._manifest.backend,
+            BackendOptions(bundle.weights, bundle.weights_folder, options.num_threads, self._manifest.made_by.command),
         )
-        self.memory_plan.check(available_host_bytes())
-        weights_folder = (bundle.folder / _weights_path(self._manifest)).parent
-        built = self._manifest.backend
-        backend = open_backend(
-            built.name, built.version, BackendOptions(bundle.weights, weights_folder, options.num_threads)
-        )
-        self._engines: dict[str, Engine] = {
-            name: backend.load(graph, bundle.files[graph.file]) for name, graph in self._graphs.items()
-        }
-        self._slots = [_Slot(backend.workspace(largest)) for _ in range(options.max_concurrency)]
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        try:
+            self.memory_plan.check(self._backend.available_bytes)
+            for name, spec in self._manifest.engines.items():
+                self._engines[name] = self._backend.load(spec, bundle.files[spec.graph.file])
+            if self._backend.activation_bytes is not None:
+                self.memory_plan = self.memory_plan.with_activation(self._backend.activation_bytes)
+                self.memory_plan.check_workspaces(self._backend.available_bytes)
+            for _ in range(options.max_concurrency):
+                workspace = self._backend.workspace(workspace_bytes, staged_bytes)
+                self._slots.append(Slot(workspace, self._engines, captures=options.cuda_graphs))
+        except BaseException:
+            with suppress(HemiolaError):  # what went wrong first tells more
+                self._free_all()
+            raise
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in self._slots:
             self._free.put(slot)
-        self._is_closed = False
 
     @classmethod
     def open(
@@ -124,6 +120,7 @@ class Sampler:
         schedule: str | Path | None = None,
         max_concurrency: int = 1,
         num_threads: int | None = None,
+        cuda_graphs: bool = True,
     ) -> Sampler:
         """Check a bundle, load its engines and allocate all memory that requests will use.
 
@@ -133,6 +130,7 @@ class Sampler:
                 None for the bundle's first.
             max_concurrency: requests that run at once; more wait.
             num_threads: CPU threads of one engine; None for one per core.
+            cuda_graphs: on a GPU, capture each trajectory once and launch it as one CUDA graph.
 
         Raises:
             BundleError: the bundle is damaged, or not for this machine.
@@ -148,7 +146,7 @@ class Sampler:
             default = str(schedule)
             if default not in schedules:
                 schedules[default] = _outside_schedule(opened, default)
-        return cls(opened, schedules, default, SamplerOptions(max_concurrency, num_threads))
+        return cls(opened, schedules, default, SamplerOptions(max_concurrency, num_threads, cuda_graphs))
 
     @property
     def manifest(self) -> Manifest:
@@ -192,10 +190,13 @@ class Sampler:
             NumericError: the final latents are not finite.
         """
         request = self._request(labels, seeds, guidance_scale, latents)
+        name = self._schedule_name(schedule)
+        if cancel is None:
+            return self._draw(request, name)
         result = None
-        for progress in self._run(request, schedule):
+        for progress in self._steps(request, name):
             result = progress.result
-            if cancel is not None and cancel.is_set() and result is None:
+            if cancel.is_set() and result is None:
                 raise CancelledError(f"cancelled after step {progress.step + 1} of {progress.num_steps}")
         assert result is not None
         return result
@@ -209,24 +210,50 @@ class Sampler:
         latents: NDArray[np.float32] | None = None,
         schedule: str | None = None,
     ) -> Iterator[Progress]:
-        """Draw as `generate` does, yielding after every step; the last `Progress` holds the result.
+        """Draw as `generate` does, yielding when a step is done; the last `Progress` holds the result.
 
+        Steps are launched one by one here, also where `generate` would launch a captured trajectory as one.
         To cancel, stop iterating: closing the iterator frees the request's workspace.
         """
-        return self._run(self._request(labels, seeds, guidance_scale, latents), schedule)
+        return self._steps(self._request(labels, seeds, guidance_scale, latents), self._schedule_name(schedule))
+
+    def prepare(self, batch_sizes: Sequence[int], *, schedules: Sequence[str] | None = None) -> None:
+        """Do ahead what the first request of a batch size would do: bind every launch, and capture the trajectory.
+
+        Args:
+            batch_sizes: those that will be asked for.
+            schedules: their names; None for the default alone.
+        """
+        names = [self._default] if schedules is None else [self._schedule_name(name) for name in schedules]
+        for size in batch_sizes:
+            if not 1 <= size <= self._manifest.max_batch_size:
+                raise RequestError(f"this bundle takes 1 to {self._manifest.max_batch_size} images, not {size}")
+        with self._all_slots():
+            self._refuse_if_closed()
+            for slot in self._slots:
+                try:
+                    for name in names:
+                        for size in batch_sizes:
+                            self._prepare(slot, name, size)
+                finally:
+                    slot.settle()
 
     def close(self) -> None:
         """Free engines and memory; waits for running requests, and refuses those that still wait."""
         if self._is_closed:
             return
         self._is_closed = True
-        taken = [self._free.get() for _ in self._slots]
-        for slot in taken:
-            slot.prepared.clear()
-            slot.workspace.close()
-            self._free.put(slot)
-        for engine in self._engines.values():
-            engine.close()
+        with self._all_slots():  # whoever waits for one afterwards learns that the sampler is closed
+            self._free_all()
+
+    def _free_all(self) -> None:
+        """Free slots, engines and backend, in this order; all of them, whatever fails on the way."""
+        with ExitStack() as owned:
+            owned.callback(self._backend.close)
+            for engine in self._engines.values():
+                owned.callback(engine.close)
+            for slot in self._slots:
+                owned.callback(slot.close)
 
     def __enter__(self) -> Sampler:
         return self
@@ -244,78 +271,102 @@ class Sampler:
             scale = 1.0
         return request_from_arguments(self._manifest, labels, seeds, scale, latents)
 
-    def _lower(self, name: str, batch_size: int) -> Program:
-        schedule, table = self._schedules[name], self._tables[name]
-        return lower(self._manifest.pipeline, self._graphs, schedule, table, batch_size)
-
-    def _prepare(self, slot: _Slot, name: str, batch_size: int) -> _Prepared:
-        """Bind a program to a slot; done once for each, and kept."""
-        key = (name, batch_size)
-        if key not in slot.prepared:
-            program = self._lower(name, batch_size)
-            bound = tuple(
-                self._engines[launch.engine].bind(launch.tensors, slot.workspace) for launch in program.launches
-            )
-            constants = tuple(
-                np.array(constant.values, dtype=constant.place.dtype).reshape(constant.place.shape)
-                for constant in program.constants
-            )
-            slot.prepared[key] = _Prepared(program, bound, constants)
-        return slot.prepared[key]
-
-    def _run(self, request: Request, schedule_name: str | None) -> Iterator[Progress]:
-        name = self._default if schedule_name is None else schedule_name
-        if name not in self._schedules:
-            raise ScheduleError(f"the bundle has no schedule {name!r}; it has {', '.join(self._schedules)}")
+    def _schedule_name(self, name: str | None) -> str:
         self._refuse_if_closed()
-        return self._steps(request, name)
+        if name is not None and name not in self._schedules:
+            raise ScheduleError(f"the bundle has no schedule {name!r}; it has {', '.join(self._schedules)}")
+        return self._default if name is None else name
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise RequestError("the sampler is closed")
 
-    def _steps(self, request: Request, name: str) -> Iterator[Progress]:
+    def _lower(self, name: str, batch_size: int) -> Program:
+        return lower(self._manifest, self._schedules[name], self._tables[name], batch_size)
+
+    def _prepare(self, slot: Slot, name: str, batch_size: int) -> BoundProgram:
+        with self._preparing:
+            return slot.prepare((name, batch_size), lambda: self._lower(name, batch_size))
+
+    @contextmanager
+    def _all_slots(self) -> Iterator[None]:
+        """Hold all slots, once no request runs."""
+        with self._holding_all:
+            held = [self._free.get() for _ in self._slots]
+            try:
+                yield
+            finally:
+                for slot in held:
+                    self._free.put(slot)
+
+    @contextmanager
+    def _slot(self) -> Iterator[Slot]:
+        """Hold a slot; whatever happens, it comes back with nothing running on it."""
         slot = self._free.get()
         try:
             self._refuse_if_closed()  # it may have been, while this request waited
-            prepared = self._prepare(slot, name, request.batch_size)
-            yield from self._launch_all(request, name, slot.workspace, prepared)
+            try:
+                yield slot
+            except BaseException:
+                slot.forget()
+                raise
+            finally:
+                slot.settle()
         finally:
             self._free.put(slot)
 
-    def _launch_all(self, request: Request, name: str, workspace: Workspace, prepared: _Prepared) -> Iterator[Progress]:
-        program, schedule = prepared.program, self._schedules[name]
-        sigma = self._tables[name].init_noise_sigma
-        tally = Tally.empty()
-        start = time.perf_counter()
-        for constant, values in zip(program.constants, prepared.constants, strict=True):
-            workspace.write(constant.place, values)  # another program may have used the memory since
-        for tensor, values in request.tensors(sigma, self._manifest.pipeline.state_rows).items():
-            if tensor in program.inputs:  # guidance is none of a bundle without it
-                workspace.write(program.inputs[tensor], values)
-        num_steps = len(schedule.steps)
-        before = time.perf_counter()
-        held: Progress | None = None  # the last step is told only together with its result
-        for launch, bound in zip(program.launches, prepared.launches, strict=True):
-            bound.enqueue()
-            now = time.perf_counter()
-            tally.add(bound.engine, 1000 * (now - before))
-            if launch.step is not None:
-                held = Progress(launch.step, num_steps, bound.engine, 1000 * (now - start), None)
-                if launch.step + 1 < num_steps:
-                    yield held
-            before = time.perf_counter()
-        assert held is not None
-        latents = workspace.read(program.latents)
-        images = latents_to_pixels(latents) if program.images is None else workspace.read(program.images)
+    def _draw(self, request: Request, name: str) -> Result:
+        with self._slot() as slot:
+            program = self._prepare(slot, name, request.batch_size)
+            start = time.perf_counter()
+            inputs = self._inputs(request, name)
+            slot.begin(program, inputs)
+            program.run()
+            return self._result(request, name, program, inputs, start)
+
+    def _steps(self, request: Request, name: str) -> Iterator[Progress]:
+        num_steps = len(self._schedules[name].steps)
+        with self._slot() as slot:
+            program = self._prepare(slot, name, request.batch_size)
+            start = time.perf_counter()
+            inputs = self._inputs(request, name)
+            slot.begin(program, inputs)
+            last_of_step = {launch.step: i for i, launch in enumerate(program.program.launches)}
+            for i, launch in enumerate(program.steps()):
+                if launch.step is None or i != last_of_step[launch.step] or launch.step + 1 == num_steps:
+                    continue  # the last step is told only together with its result
+                program.wait_for(i)
+                forward = self._schedules[name].steps[launch.step].forward.value
+                yield Progress(launch.step, num_steps, forward, 1000 * (time.perf_counter() - start), None)
+            result = self._result(request, name, program, inputs, start)
+        forward = self._schedules[name].steps[-1].forward.value
+        yield Progress(num_steps - 1, num_steps, forward, result.report.wall_ms, result)
+
+    def _inputs(self, request: Request, name: str) -> dict[str, NDArray[Any]]:
+        return request.tensors(self._tables[name].init_noise_sigma, self._manifest.pipeline.state_rows)
+
+    def _result(
+        self,
+        request: Request,
+        name: str,
+        program: BoundProgram,
+        inputs: Mapping[str, NDArray[Any]],
+        start: float,
+    ) -> Result:
+        """Read what a trajectory has left, once it is done."""
+        latents, images = program.read_results()
         wall_ms = 1000 * (time.perf_counter() - start)
         if not np.isfinite(latents).all():
+            culprit = program.first_not_finite(inputs) or "nothing, when it was run again: the machine may be faulty;"
             raise NumericError(
                 f"the final latents of seeds {list(request.seeds)} hold NaN or infinity under the schedule {name}. "
-                "`hemiola verify` compares every schedule of the bundle with PyTorch"
+                f"The first to hold any was {culprit}. `hemiola verify` compares every schedule with PyTorch; a "
+                "bundle in bf16 or fp32 has more room than one in fp16"
             )
-        report = tally.report(name, schedule, request.batch_size, wall_ms)
-        yield Progress(held.step, num_steps, held.forward, wall_ms, Result(_as_bytes(images), latents, report))
+        report = report_of(
+            name, self._schedules[name], self._manifest.forwards, request.batch_size, program.ran(), wall_ms
+        )
+        return Result(_as_bytes(latents_to_pixels(latents) if images is None else images), latents, report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +375,7 @@ class SamplerOptions:
 
     max_concurrency: int
     num_threads: int | None
+    cuda_graphs: bool
 
 
 def latents_to_pixels(latents: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -333,10 +385,6 @@ def latents_to_pixels(latents: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _as_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.rint(images * 255).astype(np.uint8))
-
-
-def _weights_path(manifest: Manifest) -> str:
-    return next(path for path in manifest.files if path.endswith(WEIGHTS_FILE))
 
 
 def _outside_schedule(bundle: Bundle, name: str) -> Schedule:

@@ -20,6 +20,7 @@ from hemiola_search.judge import Judge
 from hemiola_search.problem import Candidate, Problem, Scored, SearchOptions, first_deep_block
 from hemiola_search.record import Point, SearchRecord
 from hemiola_search.strategies import BASELINES, STRATEGIES
+from hemiola_search.strategies.published import published_candidate
 
 HELD_OUT_SEED: Final = 1_000_000  # added to the seeds of held-out images: none of them was searched on
 OTHER_BUDGETS: Final = (0.2, 0.26, 0.5)  # shares of T at which the record holds the baselines too
@@ -146,6 +147,16 @@ def find_schedule(
     )
     chosen = schedules.pop(strategy)
     return Found(chosen, schedules, record)
+
+
+def unmeasured_schedule(model: Model, problem: Problem) -> Schedule:
+    """Return the published schedule without drawing a single image: on random weights there is nothing to judge.
+
+    Raises:
+        SearchError: none was published for these numbers.
+        UnsupportedSolverError: the sampler cannot be compiled.
+    """
+    return _schedule(model, problem, Scored(published_candidate(problem), {}), MadeBy.here("torch", "diffusers"))
 
 
 def _comparison(problem: Problem, best: Candidate, tried: list[Scored]) -> list[Candidate]:

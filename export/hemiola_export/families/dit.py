@@ -1,12 +1,14 @@
 """The DiT family (Peebles & Xie 2022, arXiv:2212.09748): diffusers' `DiTTransformer2DModel`, opened at its seams.
 
-The weights are diffusers' own, rearranged where that saves work at every step: the queries' hold the factor of the
-softmax, positions hold the bias of the patches, whose convolution is a matrix product, and the head's rows for learned
-variances, which the pipeline throws away, are left out.
+The weights are diffusers' own, rearranged where that saves work: the queries' hold the factor of the softmax,
+positions hold the bias of the patches, whose convolution is a matrix product, and the head's rows for learned
+variances, which the pipeline throws away, are left out. diffusers gives every block an embedder of timestep and label;
+converted checkpoints hold one and the same 28 times, so equal ones are kept, and run, once.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, Final
 
 import torch
@@ -43,7 +45,7 @@ class DiTBlock(Block):
         self.gelu = block.ff.net[0].approximate
 
     def queries_keys_values(self, x: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
-        x = _modulated(x, self.attention_eps, "attention", vectors)  # (R, N, D)
+        x = _modulated(x, self.attention_eps, "attention", vectors).to(self.to_k.weight.dtype)  # (R, N, D)
         return self._heads(self.to_q(x)), self._heads(self.to_k(x)), self._heads(self.to_v(x))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class DiTBlock(Block):
 
     def branch(self, name: str, x: Tensor, vectors: Vectors) -> Tensor:
         assert name == "mlp", f"DiT has no branch {name}"
-        x = _modulated(x, self.mlp_eps, "mlp", vectors)  # (R, n, D)
+        x = _modulated(x, self.mlp_eps, "mlp", vectors).to(self.mlp_in.weight.dtype)  # (R, n, D)
         x = F.gelu(self.mlp_in(x), approximate=self.gelu)  # (R, n, 4D)
         out: Tensor = self.mlp_out(x)
         return out  # (R, n, D)
@@ -94,7 +96,7 @@ class DiT(Family):
         self.patches = nn.Parameter(embedding.proj.weight.flatten(1).T.contiguous(), requires_grad=False)
         self.positions = nn.Parameter(embedding.pos_embed + embedding.proj.bias, requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(block) for block in transformer.transformer_blocks)
-        self.embedders = nn.ModuleList(block.norm1.emb for block in transformer.transformer_blocks)
+        self.embedders, self.embedder_of = _distinct([block.norm1.emb for block in transformer.transformer_blocks])
         self.modulators = nn.ModuleList(
             _split(block.norm1.linear, [kind for _, kind in ORDER]) for block in transformer.transformer_blocks
         )
@@ -102,24 +104,36 @@ class DiT(Family):
         self.head_modulators = _split(transformer.proj_out_1, [SHIFT, GAIN])
         self.head_projection = _leading_channels(transformer.proj_out_2, channels, patch)
 
+    def lowered(self, dtype: torch.dtype) -> DiT:
+        copied = copy.deepcopy(self)
+        copied.compute_dtype = dtype
+        copied.blocks.to(dtype)
+        for embedder in copied.embedders:
+            embedder.get_submodule("timestep_embedder").to(dtype)
+        for modulator in copied.modulators.modules():
+            if isinstance(modulator, Modulator):
+                modulator.weight.data = modulator.weight.to(dtype)
+        return copied
+
     def condition(self, labels: Tensor, timesteps: Tensor, *, is_guided: bool) -> dict[str, Tensor]:
         if is_guided:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])  # (R,)
+        conditions = [self._embedded(embedder, labels, timesteps) for embedder in self.embedders]  # (T·R, D) each
         tables: dict[str, Tensor] = {}
         for index in range(len(self.blocks)):
-            condition = self._embedded(index, labels, timesteps)  # (T·R, D)
             modulators = self.modulators[index]
             assert isinstance(modulators, nn.ModuleList)
             for (branch, kind), modulator in zip(ORDER, modulators, strict=True):
-                tables[f"{vector_name(branch, kind)}.{index}"] = modulator(condition)
-        condition = self._embedded(0, labels, timesteps)  # the head takes block 0's embedding, as diffusers does
+                tables[f"{vector_name(branch, kind)}.{index}"] = modulator(conditions[self.embedder_of[index]])
         for name, modulator in zip(self.head_vectors, self.head_modulators, strict=True):
-            tables[name] = modulator(condition)
+            tables[name] = modulator(conditions[self.embedder_of[0]])  # block 0's, as diffusers does
         return tables
 
-    def _embedded(self, index: int, labels: Tensor, timesteps: Tensor) -> Tensor:
-        embedder: Any = self.embedders[index]
-        time = embedder.timestep_embedder(embedder.time_proj(timesteps))  # (T, D)
+    @staticmethod
+    def _embedded(embedder: Any, labels: Tensor, timesteps: Tensor) -> Tensor:
+        frequencies = embedder.time_proj(timesteps)  # (T, 256)
+        mlp = embedder.timestep_embedder
+        time = mlp(frequencies.to(mlp.linear_1.weight.dtype)).float()  # (T, D)
         label = embedder.class_embedder.embedding_table(labels)  # (R, D)
         return F.silu(time[:, None] + label).flatten(0, 1)  # (T·R, D)
 
@@ -166,16 +180,42 @@ def _scaled(layer: nn.Linear, factor: float) -> nn.Linear:
     return scaled
 
 
+class Modulator(nn.Module):
+    """A linear layer that makes one modulation vector; its product has the compute dtype, its bias and sum float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return F.linear(condition.to(self.weight.dtype), self.weight).float() + self.bias
+
+
 def _split(layer: nn.Linear, kinds: list[str]) -> nn.ModuleList:
     """Cut a linear layer into one for each vector that it makes; gains get their 1 here."""
-    parts = nn.ModuleList()
     weights, biases = layer.weight.chunk(len(kinds)), layer.bias.chunk(len(kinds))
-    for kind, weight, bias in zip(kinds, weights, biases, strict=True):
-        part = nn.Linear(layer.in_features, len(weight), dtype=weight.dtype)
-        part.weight = nn.Parameter(weight, requires_grad=False)
-        part.bias = nn.Parameter(bias + 1 if kind == GAIN else bias, requires_grad=False)
-        parts.append(part)
-    return parts
+    return nn.ModuleList(
+        Modulator(weight, bias + 1 if kind == GAIN else bias)
+        for kind, weight, bias in zip(kinds, weights, biases, strict=True)
+    )
+
+
+def _distinct(modules: list[nn.Module]) -> tuple[nn.ModuleList, list[int]]:
+    """Keep one of several modules with equal weights; returns those that differ, and which stands for each."""
+    kept: list[nn.Module] = []
+    stands_for = []
+    for module in modules:
+        equal = (i for i, other in enumerate(kept) if _equal(module, other))
+        stands_for.append(next(equal, len(kept)))
+        if stands_for[-1] == len(kept):
+            kept.append(module)
+    return nn.ModuleList(kept), stands_for
+
+
+def _equal(module: nn.Module, other: nn.Module) -> bool:
+    weights, others = module.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def _leading_channels(layer: nn.Linear, channels: int, patch_size: int) -> nn.Linear:

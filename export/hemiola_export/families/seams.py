@@ -2,6 +2,11 @@
 
 Shapes: T model evaluations, B images, R rows (2B under guidance, else B), N tokens, n of them, D width, L blocks,
 h heads of d channels.
+
+Precision: matrix products and what they leave in the caches have the compute dtype (float32 unless a family was
+lowered, see `Family.lowered`); tokens x between the branches, norms, modulation and gates are float32 always. The
+softmax has the compute dtype in the graph, since casts around it would keep backends from fusing attention; fused
+attention computes it in float32 inside.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Final
 
+import torch
 from torch import Tensor, nn
 
 ATTENTION: Final = "attention"
@@ -33,14 +39,14 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def queries_keys_values(self, x: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm, modulate and project x (R, N, D) to queries, keys and values, each (R, h, N, d).
+        """Norm, modulate and project x (R, N, D) float32 to queries, keys and values, each (R, h, N, d), compute dtype.
 
         The queries hold the factor of the softmax, 1/√d.
         """
 
     @abstractmethod
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend and project: (R, N, D), before the gate. May be fused: the softmax map is not materialised."""
+        """Attend and project: (R, N, D) compute dtype, before the gate. May be fused, without a softmax map."""
 
     @abstractmethod
     def attention_map(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -52,10 +58,15 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def branch(self, name: str, x: Tensor, vectors: Vectors) -> Tensor:
-        """Compute a branch other than attention for tokens x (R, n, D), before the gate; tokens do not interact."""
+        """Compute a branch other than attention for tokens x (R, n, D) float32; tokens do not interact.
+
+        Returns:
+            (R, n, D) compute dtype, before the gate.
+        """
 
     def gated(self, name: str, out: Tensor, vectors: Vectors) -> Tensor:
-        """Multiply a branch's output (R, N, D) by its gate, if it has one."""
+        """Multiply a branch's output (R, N, D) by its gate, if it has one; returns float32."""
+        out = out.float()
         return vectors[vector_name(name, GATE)] * out if name in self.modulated else out
 
 
@@ -71,6 +82,7 @@ class Family(nn.Module, ABC):
         num_heads: h.
         num_classes: class labels are 0 … num_classes - 1.
         head_vectors: names of the vectors that modulate the head.
+        compute_dtype: of matrix products and caches.
     """
 
     key: ClassVar[str]
@@ -81,6 +93,7 @@ class Family(nn.Module, ABC):
     width: int
     num_heads: int
     num_classes: int
+    compute_dtype: torch.dtype = torch.float32
 
     @property
     def num_tokens(self) -> int:
@@ -97,6 +110,10 @@ class Family(nn.Module, ABC):
     def branches(self) -> tuple[str, ...]:
         """Names of the branches of every block."""
         return self.block(0).branches
+
+    @abstractmethod
+    def lowered(self, dtype: torch.dtype) -> Family:
+        """Return a copy that computes its matrix products in `dtype`; what they leave in the caches has it too."""
 
     @abstractmethod
     def condition(self, labels: Tensor, timesteps: Tensor, *, is_guided: bool) -> dict[str, Tensor]:

@@ -6,28 +6,37 @@ copy per session, three sessions three times the memory, for 5 % of speed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+import time
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from hemiola_runtime.backends import Array, BackendOptions, Workspace
+from hemiola_runtime.backends import BackendOptions, Bound, Workspace
 from hemiola_runtime.errors import BundleError
-from hemiola_runtime.manifest import GraphSpec, TensorSpec
-from hemiola_runtime.program import ALIGNMENT, Placed
+from hemiola_runtime.manifest import BackendSpec, EngineSpec, GraphSpec
+from hemiola_runtime.memory import available_host_bytes
+from hemiola_runtime.program import ALIGNMENT, Launch
 
 PROVIDERS: Final = ["CPUExecutionProvider"]
+TYPE_NAMES: Final = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
+ONNX_TYPES: Final = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # TensorProto.DataType
 
 
-def open_backend(built_with: str, options: BackendOptions) -> OnnxRuntime:
-    """Make the backend; an ONNX Runtime runs the graphs of any release that is not newer than itself."""
-    if _release(ort.__version__) < _release(built_with):
-        raise BundleError(
-            f"the bundle was built with onnxruntime {built_with}, but {ort.__version__} is installed, which is older. "
-            f"Install onnxruntime>={built_with}, or build the bundle again with `hemiola build`"
-        )
+def obstacle(built: BackendSpec) -> str | None:
+    """An ONNX Runtime runs the graphs of any release that is not newer than itself."""
+    if _release(ort.__version__) >= _release(built.version):
+        return None
+    return (
+        f"the bundle was built with onnxruntime {built.version}, but {ort.__version__} is installed, which is older. "
+        f"Install onnxruntime>={built.version}, or build the bundle again"
+    )
+
+
+def make_backend(built: BackendSpec, options: BackendOptions) -> OnnxRuntime:
+    """Make the backend."""
     return OnnxRuntime(options)
 
 
@@ -41,48 +50,73 @@ class OnnxRuntime:
     def __init__(self, options: BackendOptions) -> None:
         self._options = options
 
-    def load(self, graph: GraphSpec, data: bytes) -> OnnxRuntimeEngine:
+    @property
+    def available_bytes(self) -> int | None:
+        """Free host memory."""
+        return available_host_bytes()
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """None: sessions allocate intermediate tensors themselves."""
+        return None
+
+    def load(self, spec: EngineSpec, data: bytes) -> OnnxRuntimeEngine:
         """Open a session on the bytes of a graph.
 
         Raises:
             BundleError: ONNX Runtime refuses it, or its inputs and outputs are not those of the manifest.
         """
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 4  # what goes wrong is raised, and told by whoever catches it
-        # In the order of the graph. The default order runs all gates of `reuse` before all its sums, so that every
-        # product is evicted from the cache of the processor before it is read again: 20 % slower.
-        settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        settings = session_options(self._options)
         settings.add_session_config_entry("session.disable_prepacking", "1")
-        settings.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(self._options.folder)
-        )
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
-        if self._options.num_threads is not None:
-            settings.intra_op_num_threads = self._options.num_threads
         weights = []
-        for weight in graph.weights:
+        for weight in spec.graph.weights:
             raw = self._options.weights[weight.offset : weight.offset + weight.num_bytes]
             value = ort.OrtValue.ortvalue_from_numpy(raw.view(weight.dtype).reshape(weight.shape))
             settings.add_initializer(weight.name, value)
             weights.append(value)
-        try:
-            session = ort.InferenceSession(data, settings, providers=PROVIDERS)
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise BundleError(f"onnxruntime {ort.__version__} refuses the engine `{graph.name}`: {error}") from error
-        _check_io(graph, session)
-        return OnnxRuntimeEngine(graph, session, weights)
+        return OnnxRuntimeEngine(spec.graph, open_session(spec.graph, data, settings, PROVIDERS), "cpu", weights)
 
-    def workspace(self, num_bytes: int) -> HostWorkspace:
+    def workspace(self, num_bytes: int, staged_bytes: int) -> HostWorkspace:
         """Allocate a workspace in host memory."""
         return HostWorkspace(num_bytes)
+
+    def close(self) -> None:
+        """Nothing to free: the mapping of the weights belongs to the bundle."""
+
+
+def session_options(options: BackendOptions) -> ort.SessionOptions:
+    """Return what sessions have in common on every device."""
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4  # what goes wrong is raised, and told by whoever catches it
+    # In the order of the graph. The default order runs all gates of `reuse` before all its sums, so that every
+    # product is evicted from the cache of the processor before it is read again: 20 % slower.
+    settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(options.folder))
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if options.num_threads is not None:
+        settings.intra_op_num_threads = options.num_threads
+    return settings
+
+
+def open_session(
+    graph: GraphSpec, data: bytes, settings: ort.SessionOptions, providers: Sequence[Any]
+) -> ort.InferenceSession:
+    """Open a session, and see that it reads and writes what the manifest says.
+
+    Raises:
+        BundleError: ONNX Runtime refuses it, or its inputs and outputs are not those of the manifest.
+    """
+    try:
+        session = ort.InferenceSession(data, settings, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise BundleError(f"onnxruntime {ort.__version__} refuses the engine `{graph.name}`: {error}") from error
+    _check_io(graph, session)
+    return session
 
 
 def _check_io(graph: GraphSpec, session: ort.InferenceSession) -> None:
     for declared, found in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
-        mine = [
-            (spec.name, f"tensor({'float' if spec.dtype == 'float32' else spec.dtype})", len(spec.shape))
-            for spec in declared
-        ]
+        mine = [(spec.name, f"tensor({TYPE_NAMES[spec.dtype]})", len(spec.shape)) for spec in declared]
         theirs = [(value.name, value.type, len(value.shape)) for value in found]
         if mine != theirs:
             difference = next((pair for pair in zip(mine, theirs, strict=False) if pair[0] != pair[1]), (mine, theirs))
@@ -95,19 +129,30 @@ def _check_io(graph: GraphSpec, session: ort.InferenceSession) -> None:
 class OnnxRuntimeEngine:
     """One session, shared by all requests; sessions may run from many threads at once."""
 
-    def __init__(self, graph: GraphSpec, session: ort.InferenceSession, weights: list[ort.OrtValue]) -> None:
+    def __init__(
+        self, graph: GraphSpec, session: ort.InferenceSession, device: str, weights: list[ort.OrtValue]
+    ) -> None:
         self.graph = graph
         self.session: ort.InferenceSession | None = session
+        self._device = device
         self._weights = weights  # the session reads their memory without owning it
 
-    def bind(self, tensors: Mapping[str, Placed], workspace: Workspace) -> BoundSession:
+    def bind(self, launch: Launch, workspace: Workspace) -> BoundSession:
         """Fix every input and output to the workspace's memory."""
-        assert isinstance(workspace, HostWorkspace)
+        assert isinstance(workspace, Addressed)
         assert self.session is not None, "the engine is closed"
         binding = self.session.io_binding()
         for specs, bind in ((self.graph.inputs, binding.bind_input), (self.graph.outputs, binding.bind_output)):
             for spec in specs:
-                _bind(bind, spec, tensors[spec.name], workspace)
+                place = launch.tensors[spec.name]
+                bind(
+                    name=spec.name,
+                    device_type=self._device,
+                    device_id=0,
+                    element_type=ONNX_TYPES[spec.dtype],
+                    shape=place.shape,
+                    buffer_ptr=workspace.address + place.offset,
+                )
         return BoundSession(self.graph.name, self.session, binding)
 
     def close(self) -> None:
@@ -115,16 +160,11 @@ class OnnxRuntimeEngine:
         self.session = None
 
 
-def _bind(bind: object, spec: TensorSpec, place: Placed, workspace: HostWorkspace) -> None:
-    assert callable(bind)
-    bind(
-        name=spec.name,
-        device_type="cpu",
-        device_id=0,
-        element_type=np.dtype(spec.dtype),
-        shape=place.shape,
-        buffer_ptr=workspace.address + place.offset,
-    )
+@runtime_checkable
+class Addressed(Protocol):
+    """A workspace whose memory has an address."""
+
+    address: int
 
 
 class BoundSession:
@@ -134,6 +174,7 @@ class BoundSession:
         self._engine = engine
         self._session = session
         self._binding = binding
+        self.run_options: ort.RunOptions | None = None
 
     @property
     def engine(self) -> str:
@@ -142,7 +183,7 @@ class BoundSession:
 
     def enqueue(self) -> None:
         """Run the session; returns when it has finished."""
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self.run_options)
 
 
 class HostWorkspace:
@@ -154,18 +195,46 @@ class HostWorkspace:
         self._skip = -start % ALIGNMENT
         self.address = start + self._skip
 
-    def _view(self, place: Placed) -> Array:
-        raw = self._memory[self._skip + place.offset : self._skip + place.end]
-        return raw.view(place.dtype).reshape(place.shape)
+    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
+        """Copy bytes to the memory."""
+        self._memory[self._skip + offset : self._skip + offset + len(data)] = data
 
-    def write(self, place: Placed, values: Array) -> None:
-        """Copy an array of the place's shape and dtype to it."""
-        self._view(place)[...] = values
+    def write_anywhere(self, offset: int, data: NDArray[np.uint8]) -> None:
+        """Copy bytes to the memory."""
+        self.write(offset, data)
 
-    def read(self, place: Placed) -> Array:
-        """Return a copy of a tensor."""
-        return self._view(place).copy()
+    def read(self, offset: int, num_bytes: int) -> NDArray[np.uint8]:
+        """Return a copy of some bytes."""
+        return self._memory[self._skip + offset : self._skip + offset + num_bytes].copy()
+
+    def timeline(self, num_marks: int) -> HostTimeline:
+        """Make a timeline."""
+        return HostTimeline(num_marks)
+
+    def capture(self, launches: Sequence[Bound]) -> None:
+        """Return None: there is nothing to gain from replaying sessions as one."""
+
+    def wait(self) -> None:
+        """Return at once: a launch is done when it returns."""
 
     def close(self) -> None:
         """Free the memory; nothing bound to it may run any more."""
         self._memory = np.zeros(0, dtype=np.uint8)
+
+
+class HostTimeline:
+    """Moments by the clock of this process."""
+
+    def __init__(self, num_marks: int) -> None:
+        self._seconds = [0.0] * num_marks
+
+    def mark(self, index: int) -> None:
+        """Note this moment; all that was launched is done by now."""
+        self._seconds[index] = time.perf_counter()
+
+    def wait(self, index: int) -> None:
+        """Return at once."""
+
+    def elapsed_ms(self, first: int, last: int) -> float:
+        """Return the milliseconds between two moments."""
+        return 1000 * (self._seconds[last] - self._seconds[first])

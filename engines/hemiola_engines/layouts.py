@@ -1,0 +1,29 @@
+"""Layouts: which graphs become engines, and which engines make up each forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hemiola_engines.errors import BuildError
+from hemiola_engines.options import Layout
+from hemiola_runtime.manifest import FRONT, GraphSpec
+from hemiola_runtime.schedule import Forward
+
+
+def arrange(graphs: Mapping[str, GraphSpec], layout: Layout) -> tuple[dict[str, GraphSpec], dict[str, tuple[str, ...]]]:
+    """Choose the graphs that a layout needs, and the engines that make up each forward.
+
+    Raises:
+        BuildError: the graphs have no front and deep part.
+    """
+    forwards: dict[str, tuple[str, ...]] = {f.value: (f.value,) for f in Forward if f.value in graphs}
+    unused = FRONT
+    if layout == "segmented":
+        if FRONT not in graphs:
+            raise BuildError(
+                "the segmented layout puts `full` together from the shallow blocks and the engine of `deep`, but no "
+                "schedule of this export has deep steps. Build with --layout separate, or export with such a schedule"
+            )
+        forwards[Forward.FULL.value] = (FRONT, Forward.DEEP.value)
+        unused = Forward.FULL.value
+    return {name: graph for name, graph in graphs.items() if name != unused}, forwards

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hemiola_engines.profiles import MAX_TOKEN_BUCKETS, profiles_of, token_buckets
+from hemiola_runtime.manifest import GraphSpec, Profile, TensorSpec
+from hemiola_runtime.program import lower
+from hemiola_runtime.schedule import FULL, REUSE, Schedule, read_schedule, tokens
+from strategies import Lowerable, examples, lowerables, schedules
+
+SCHEDULE: Final = read_schedule(Path(__file__).parent / "golden" / "schedule.json")
+B: Final = TensorSpec("state", "float32", (1, "B", 4, 8, 8))
+R: Final = TensorSpec("mlp_cache.0", "float32", ("R", 16, 32))
+K: Final = TensorSpec("token_slots", "int64", ("K",))
+T: Final = TensorSpec("timesteps", "float32", ("T",))
+FIXED: Final = TensorSpec("input_scale", "float32", ())
+
+
+def graph_of(*inputs: TensorSpec) -> GraphSpec:
+    return GraphSpec("graph", "graph.onnx", "0" * 64, inputs, (TensorSpec("x", "float32", ("B", "K")),), (), 0)
+
+
+def schedule_of(num_steps: int, *counts: int) -> Schedule:
+    """Make a schedule of so many steps, some of them with these token counts."""
+    steps = (FULL, *map(tokens, counts), *[REUSE] * (num_steps - 1 - len(counts)))
+    identity = replace(SCHEDULE.scheduler, timesteps=tuple(map(float, range(num_steps))))
+    return replace(SCHEDULE, scheduler=identity, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("counts", "buckets"),
+    [
+        ([], []),
+        ([7], [(7, 7, 7)]),
+        ([64, 16, 32], [(16, 16, 16), (32, 32, 32), (64, 64, 64)]),
+        ([4, 4, 4, 9], [(4, 4, 4), (9, 9, 9)]),
+        ([1, 2, 3, 4], [(1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 4)]),
+        ([1, 2, 3, 4, 5], [(1, 2, 2), (3, 4, 4), (5, 5, 5)]),  # two to a bucket
+        ([8, 7, 6, 5, 4, 3, 2, 1], [(1, 2, 2), (3, 4, 4), (5, 6, 6), (7, 8, 8)]),
+        ([10, 20, 30, 40, 50, 60, 70, 80, 90], [(10, 30, 30), (40, 60, 60), (70, 90, 90)]),  # three
+    ],
+)
+def test_token_counts_are_cut_into_a_few_buckets_tuned_for_their_largest(
+    counts: list[int], buckets: list[tuple[int, int, int]]
+) -> None:
+    assert token_buckets(counts) == buckets
+
+
+@examples(100)
+@given(counts=st.lists(st.integers(1, 300)))
+def test_every_token_count_lies_in_exactly_one_of_the_few_buckets(counts: list[int]) -> None:
+    buckets = token_buckets(counts)
+    assert len(buckets) <= MAX_TOKEN_BUCKETS
+    assert all(sum(least <= count <= most for least, _, most in buckets) == 1 for count in counts)
+    assert {most for _, _, most in buckets} <= set(counts)
+
+
+ALONE: Final = (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "max_batch_size", "sides"),
+    [
+        ((FIXED,), 8, [{}]),
+        ((B,), 1, [{"B": ALONE}]),
+        ((B, FIXED), 2, [{"B": ALONE}, {"B": (2, 2, 2)}]),
+        ((B, R), 8, [{"B": ALONE}, {"B": (2, 8, 8)}]),
+        ((R,), 8, [{"B": ALONE}, {"B": (2, 8, 8)}]),  # rows are images, too
+        ((T,), 8, [{"T": (6, 9, 9)}]),
+        ((B, T), 4, [{"B": ALONE, "T": (6, 9, 9)}, {"B": (2, 4, 4), "T": (6, 9, 9)}]),
+        ((B, K), 1, [{"B": ALONE, "K": (4, 4, 4)}, {"B": ALONE, "K": (12, 12, 12)}]),
+        (
+            (R, K),
+            4,
+            [
+                {"B": ALONE, "K": (4, 4, 4)},
+                {"B": ALONE, "K": (12, 12, 12)},
+                {"B": (2, 4, 4), "K": (4, 4, 4)},
+                {"B": (2, 4, 4), "K": (12, 12, 12)},
+            ],
+        ),
+    ],
+)
+def test_an_engine_has_a_profile_for_each_way_in_which_it_is_asked(
+    inputs: tuple[TensorSpec, ...],
+    max_batch_size: int,
+    sides: list[dict[str, tuple[int, int, int]]],
+) -> None:
+    asked = [schedule_of(6, 4, 4), schedule_of(9, 12, 4)]
+    assert profiles_of(graph_of(*inputs), asked, max_batch_size) == tuple(map(Profile, sides))
+
+
+@examples(40)
+@given(asked=st.lists(schedules(), min_size=1, max_size=4), max_batch_size=st.integers(1, 9))
+def test_whatever_the_schedules_ask_for_is_covered(asked: list[Schedule], max_batch_size: int) -> None:
+    counts = {step.tokens for schedule in asked for step in schedule.steps if step.tokens is not None} or {0}
+    graph = graph_of(B, R, T, *([K] if counts != {0} else []))
+    profiles = profiles_of(graph, asked, max_batch_size)
+    sizes = [
+        {"B": images, "K": count, "T": len(schedule.steps)}
+        for schedule in asked
+        for count in counts
+        for images in range(1, max_batch_size + 1)
+    ]
+    assert [s for s in sizes if not any(profile.covers(s) for profile in profiles)] == []
+    assert not any(profile.covers(sizes[0] | {"B": max_batch_size + 1}) for profile in profiles)
+
+
+@examples(20)
+@given(parts=lowerables())
+def test_a_schedule_of_the_export_lowers_for_every_batch_size_of_its_bundle(parts: Lowerable) -> None:
+    asked = [parts.schedule, parts.schedule.uncached()]
+    largest = parts.manifest.max_batch_size
+    engines = {
+        name: replace(engine, profiles=profiles_of(engine.graph, asked, largest))
+        for name, engine in parts.manifest.engines.items()
+        if "K" not in {side for spec in engine.graph.inputs for side in spec.shape} or name in _used(parts)
+    }
+    tuned = replace(parts.manifest, engines={**parts.manifest.engines, **engines})
+    for batch_size in range(1, largest + 1):
+        program = lower(tuned, parts.schedule, parts.table, batch_size)
+        assert program == lower(parts.manifest, parts.schedule, parts.table, batch_size)
+
+
+def _used(parts: Lowerable) -> set[str]:
+    return {engine for step in parts.schedule.steps for engine in parts.manifest.forwards[step.forward.value]}
