@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hemiola_runtime.errors import HemiolaError
-    from hemiola_runtime.sampler import Progress, Result, Sampler
+    from hemiola_runtime.results import Progress, Result
+    from hemiola_runtime.sampler import Sampler
     from hemiola_runtime.schedule import Schedule, read_schedule, write_schedule
 
 __all__ = ["HemiolaError", "Progress", "Result", "Sampler", "Schedule", "read_schedule", "write_schedule"]
 
 _HOMES = {
     "HemiolaError": "hemiola_runtime.errors",
-    "Progress": "hemiola_runtime.sampler",
-    "Result": "hemiola_runtime.sampler",
+    "Progress": "hemiola_runtime.results",
+    "Result": "hemiola_runtime.results",
     "Sampler": "hemiola_runtime.sampler",
     "Schedule": "hemiola_runtime.schedule",
     "read_schedule": "hemiola_runtime.schedule",

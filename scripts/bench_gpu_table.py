@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     if not records:
         raise RequestError(f"{folder} holds no records; the other parts of bench_gpu write them")
     page = table(records)
-    write_text(json.dumps(records, indent=1) + "\n", options.out / RESULTS_FILE)
+    write_text(json.dumps({"schema": 1, "records": records}, indent=1) + "\n", options.out / RESULTS_FILE)
     write_text(page, options.out / "table.md")
     sys.stdout.write(page)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What works on the NVIDIA GPU of this machine, and how fast: one command, one folder of results.
 #
-#   bash scripts/gpu_check.sh OUT [--parts NAME,NAME] [--wheels FOLDER] [--system-torch] [--model NAME] [--minutes N]
+#   bash scripts/gpu_check.sh OUT [--parts NAME,NAME] [--wheels FOLDER] [--system-torch] [--model NAME]
+#                                 [--batch-size B] [--minutes N]
 #
 # --parts         some of doctor, tests, eager, onnxruntime_cuda, tensorrt_rtx, tensorrt, inductor, forwards, compile,
 #                 deep and vae; all of them by default. They run in this order. `deep` and `vae` are no parts of their
@@ -9,17 +10,18 @@
 # --wheels        install from a folder of wheels, without a network
 # --system-torch  install no PyTorch: use the one that `python3`, or $HEMIOLA_PYTHON, has
 # --model         an architecture that gets random weights, or a diffusers folder; dit-xl-2 by default
+# --batch-size    may be given again; 1 and 8 by default. A single one halves what `inductor` takes to build
 # --minutes       by then all has ended; 9 by default
 #
 # OUT gets doctor.txt, parts.txt, log.txt, and of scripts/bench_gpu.py results.json and table.md. All else goes to a
 # temporary folder, which is removed. Exit code 1: a part failed that should have worked here; 2: wrong usage.
 #
-# --wheels FOLDER holds, for this Python, whatever it lacks of: hatchling editables pathspec trove-classifiers packaging
-# pluggy (to install Hemiola); numpy pillow tqdm diffusers huggingface-hub safetensors regex requests importlib-metadata
-# zipp jinja2 matplotlib scipy onnx onnx-ir onnxscript ml-dtypes (to export); cuda-bindings cuda-pathfinder (all
-# backends); pytest iniconfig pygments hypothesis sortedcontainers (tests); torch with all it needs unless
-# --system-torch; and for the backends onnxruntime-gpu, which must not lie beside onnxruntime, with flatbuffers and
-# CUDA's libraries, tensorrt with its libs and bindings, tensorrt-rtx-cu13 with its libs and bindings.
+# --wheels FOLDER holds, for this Python, what it lacks of: hatchling editables pathspec trove-classifiers packaging
+# pluggy (to install Hemiola); numpy scipy pillow tqdm cuda-bindings cuda-pathfinder; onnx onnx-ir onnxscript ml-dtypes
+# protobuf; diffusers with huggingface-hub, safetensors, regex, requests, filelock, importlib-metadata, zipp and what
+# these need; onnxruntime with flatbuffers, or in its place onnxruntime-gpu with CUDA's libraries and cuDNN; pytest
+# iniconfig pygments (for `tests`); tensorrt or tensorrt-rtx-cu13 with libs and bindings, for these backends; torch with
+# all it needs unless --system-torch.
 set -uo pipefail
 
 # Seconds: what is left must be at least the first number for a part to begin; the second is what it takes on an H200
@@ -27,7 +29,7 @@ set -uo pipefail
 budgets='
 setup              10   30  300
 doctor              5    5   30
-tests              20   75  130
+tests              30  110  180
 export_onnx        30   65  180
 export_torch       30   65  180
 eager              20   35   70
@@ -42,15 +44,16 @@ vae                 0   60    0
 '
 closing=12 # seconds that are kept for the last table
 
-parts='' wheels='' system_torch='' model=dit-xl-2 minutes=9 out=''
+parts='' wheels='' system_torch='' model=dit-xl-2 sizes=() minutes=9 out=''
 while [ $# -gt 0 ]; do
   case $1 in
     --parts) parts=${2:?}; shift ;;
     --wheels) wheels=$(cd "${2:?}" && pwd) || exit 2; shift ;;
     --system-torch) system_torch=yes ;;
     --model) model=${2:?}; shift ;;
+    --batch-size) sizes+=(--batch-size "${2:?}"); shift ;;
     --minutes) minutes=${2:?}; shift ;;
-    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) echo "unknown argument: $1 (--help lists them)" >&2; exit 2 ;;
     *) out=$1 ;;
   esac
@@ -146,7 +149,9 @@ setup() {
   fi
 }
 
-bench() { part "$1" python scripts/bench_gpu.py "${@:2}" --model "$model" --seconds 10 --out "$work/records"; }
+bench() {
+  part "$1" python scripts/bench_gpu.py "${@:2}" --model "$model" "${sizes[@]}" --seconds 10 --out "$work/records"
+}
 
 works_here() { grep -q "^backend $1: builds here and runs here" "$out/doctor.txt"; }
 
@@ -197,7 +202,7 @@ done
 if wants tests; then
   mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
   if [ -n "$has_gpu" ]; then
-    part tests python -m pytest -m gpu -p no:cacheprovider --durations 10 "${files[@]}"
+    part tests python -m pytest -m gpu -W default -p no:cacheprovider --durations 10 "${files[@]}"
   else
     note tests "not here: see doctor.txt"
   fi

@@ -32,7 +32,8 @@ from hemiola_runtime.backends import BACKENDS, cuda
 from hemiola_runtime.bundle import open_bundle
 from hemiola_runtime.errors import CancelledError, NumericError, RequestError
 from hemiola_runtime.manifest import UNCACHED, GraphFormat, Precision
-from hemiola_runtime.sampler import Result, Sampler
+from hemiola_runtime.results import Result
+from hemiola_runtime.sampler import Sampler
 from models import save_tiny_model, tiny_dit
 
 OBSTACLE: Final = cuda.obstacle()

@@ -29,7 +29,8 @@ from hemiola_runtime.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCuda
 from hemiola_runtime.errors import BundleError, CancelledError, CapacityError, DeviceError
 from hemiola_runtime.manifest import BackendSpec, EngineSpec, GraphSpec, TensorSpec, WeightSpec
 from hemiola_runtime.program import Launch, Placed
-from hemiola_runtime.sampler import Result, Sampler
+from hemiola_runtime.results import Result
+from hemiola_runtime.sampler import Sampler
 
 Error: Final = runtime.cudaError_t
 SIZES: Final = {onnx_type: 8 if dtype == "int64" else 4 for dtype, onnx_type in ONNX_TYPES.items()}

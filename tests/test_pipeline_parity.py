@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bundles import Made
 from hemiola_export.model import load_model
 from hemiola_runtime.noise import noise_from_seeds
-from hemiola_runtime.sampler import Result, Sampler
+from hemiola_runtime.results import Result
+from hemiola_runtime.sampler import Sampler
 
 # Float32 on both sides, 50 steps: measured are 2e-6 … 3e-5, since matrix products round in another order.
 LATENTS_BOUND = 2e-4

@@ -19,6 +19,7 @@ from hemiola_runtime.manifest import FileSpec, Profile, read_manifest, write_man
 from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.program import lower
 from hemiola_runtime.sampler import Sampler
+from hemiola_runtime.slot import BoundProgram
 
 # ONNX Runtime blocks a matrix product by its size, so that an image in a larger batch is rounded in another order.
 # Within one batch size every place gives the same bits.
@@ -250,6 +251,20 @@ def test_latents_that_overflow_are_told_with_the_first_tensor_that_did(sampler: 
     assert "hold NaN or infinity under the schedule mixed" in str(caught.value)
     assert "The first to hold any was the tensor next_state of `full` at step 0" in str(caught.value)
     np.testing.assert_array_equal(sampler.generate(labels=[1], seeds=[4]).latents, expected)
+
+
+def test_images_that_overflow_behind_finite_latents_are_told(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = BoundProgram.read_results
+
+    def spoilt(self: BoundProgram) -> tuple[np.ndarray, np.ndarray | None]:
+        latents, images = whole(self)
+        assert images is not None
+        images[..., 0] = np.inf
+        return latents, images
+
+    monkeypatch.setattr(BoundProgram, "read_results", spoilt)
+    with pytest.raises(NumericError, match=r"the images of seeds \[4\] hold NaN or infinity"):
+        sampler.generate(labels=[1], seeds=[4])
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])

@@ -27,7 +27,8 @@ from hemiola_runtime.errors import BundleError, CancelledError, CapacityError, D
 from hemiola_runtime.manifest import ITEMSIZE
 from hemiola_runtime.program import Program, lower
 from hemiola_runtime.request import request_from_arguments
-from hemiola_runtime.sampler import Result, Sampler
+from hemiola_runtime.results import Result
+from hemiola_runtime.sampler import Sampler
 from hemiola_runtime.storage import from_bytes, pack
 
 Error: Final = runtime.cudaError_t
@@ -429,6 +430,7 @@ def test_a_launch_that_is_refused_leaves_its_slot_as_good_as_new(
             refuse_launch(after)(gpu, patch)
             with pytest.raises(DeviceError, match=r"the engine `\w+` does not run: TensorRT gave no reason"):
                 draw(sampler, **OTHER)
+        assert gpu.cudart.num_pending == 0  # the launches before it have run
         for _ in range(2):
             assert_equal(sampler.generate(**REQUEST), right)
 

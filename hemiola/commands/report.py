@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_output_file(options.out, ".html")
     record = read_record(options.search)
-    with Sampler.open(options.bundle) as sampler:
+    with Sampler.open(options.bundle, cuda_graphs=False) as sampler:  # launch by launch, to time each engine
         manifest, schedules = sampler.manifest, sampler.schedules
         has_guidance = manifest.pipeline.guidance != "none"
         classes = len(manifest.pipeline.labels)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from hemiola_runtime.errors import ScheduleError
+from hemiola_runtime.errors import BundleError, ScheduleError
 from hemiola_runtime.manifest import (
     CONDITIONING,
     ITEMSIZE,
@@ -117,6 +117,22 @@ class _Layout:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def check_alignment(program: Program, alignment: int) -> None:
+    """Make sure that every tensor lies where a backend can read it.
+
+    Raises:
+        BundleError: one does not: an entry of a table that conditioning writes, whose entries follow each other.
+    """
+    for launch in program.launches:
+        for name, place in launch.tensors.items():
+            if place.offset % alignment:
+                raise BundleError(
+                    f"`{launch.engine}` reads {name} {place.offset % alignment} bytes behind a multiple of "
+                    f"{alignment}, where its backend wants it: rows times width of the model must be a multiple of "
+                    f"{alignment // 4}. Build for another backend"
+                )
 
 
 def lower(manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int) -> Program:

@@ -15,53 +15,20 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hemiola_runtime.backends import BackendOptions, Engine, open_backend
+from hemiola_runtime.backends import BackendOptions, Engine, entry_of, open_backend
 from hemiola_runtime.bundle import Bundle, open_bundle
 from hemiola_runtime.errors import CancelledError, HemiolaError, NumericError, RequestError, ScheduleError
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.memory import MemoryPlan, plan_memory
-from hemiola_runtime.program import Program, lower
-from hemiola_runtime.report import RunReport, report_of
+from hemiola_runtime.program import Program, check_alignment, lower
+from hemiola_runtime.report import report_of
 from hemiola_runtime.request import Request, request_from_arguments
+from hemiola_runtime.results import Progress, Result, as_bytes, latents_to_pixels
 from hemiola_runtime.schedule import Schedule, read_schedule
 from hemiola_runtime.slot import BoundProgram, Slot
 from hemiola_runtime.solver_table import SolverTable
 
 DEFAULT_GUIDANCE: Final = 4.0  # as in diffusers' DiTPipeline
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a request gives.
-
-    Attributes:
-        images: (B, height, width, channels) uint8; 3 channels RGB, 1 grey.
-        latents: (B, C, H, W) float32, the final latents.
-        report: what ran.
-    """
-
-    images: NDArray[np.uint8]
-    latents: NDArray[np.float32]
-    report: RunReport
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One step of a request has been done.
-
-    Attributes:
-        step: its index; the first is 0.
-        num_steps: of the schedule.
-        forward: what ran.
-        elapsed_ms: since the request was written into the workspace.
-        result: the images, with the last step; None before.
-    """
-
-    step: int
-    num_steps: int
-    forward: str
-    elapsed_ms: float
-    result: Result | None
 
 
 class Sampler:
@@ -82,6 +49,8 @@ class Sampler:
             name: bundle.solver_table(schedule) for name, schedule in self._schedules.items()
         }
         programs = [self._lower(name, self._manifest.max_batch_size) for name in self._schedules]
+        for name in self._schedules:  # what is aligned for one image is so for more
+            check_alignment(self._lower(name, 1), entry_of(self._manifest.backend.name).alignment)
         workspace_bytes = max(program.num_bytes for program in programs)
         staged_bytes = max(program.staged_bytes for program in programs)
         self.memory_plan: MemoryPlan = plan_memory(self._manifest, workspace_bytes, options.max_concurrency)
@@ -356,17 +325,18 @@ class Sampler:
         """Read what a trajectory has left, once it is done."""
         latents, images = program.read_results()
         wall_ms = 1000 * (time.perf_counter() - start)
-        if not np.isfinite(latents).all():
+        given = {"final latents": latents} | ({} if images is None else {"images": images})
+        for what in (what for what, values in given.items() if not np.isfinite(values).all()):
             culprit = program.first_not_finite(inputs) or "nothing, when it was run again: the machine may be faulty;"
             raise NumericError(
-                f"the final latents of seeds {list(request.seeds)} hold NaN or infinity under the schedule {name}. "
+                f"the {what} of seeds {list(request.seeds)} hold NaN or infinity under the schedule {name}. "
                 f"The first to hold any was {culprit}. `hemiola verify` compares every schedule with PyTorch; a "
                 "bundle in bf16 or fp32 has more room than one in fp16"
             )
         report = report_of(
             name, self._schedules[name], self._manifest.forwards, request.batch_size, program.ran(), wall_ms
         )
-        return Result(_as_bytes(latents_to_pixels(latents) if images is None else images), latents, report)
+        return Result(as_bytes(latents_to_pixels(latents) if images is None else images), latents, report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,15 +346,6 @@ class SamplerOptions:
     max_concurrency: int
     num_threads: int | None
     cuda_graphs: bool
-
-
-def latents_to_pixels(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn the latents of a model of pixels, (B, C, H, W) in [-1, 1], into pictures (B, H, W, C) in [0, 1]."""
-    return np.moveaxis(np.clip(latents / 2 + 0.5, 0, 1), 1, -1)
-
-
-def _as_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.rint(images * 255).astype(np.uint8))
 
 
 def _outside_schedule(bundle: Bundle, name: str) -> Schedule:

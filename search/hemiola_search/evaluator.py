@@ -13,7 +13,7 @@ from hemiola_export.components import VaeDecoder
 from hemiola_export.model import Model
 from hemiola_export.trajectory import Requests, Trajectory
 from hemiola_runtime.noise import noise_from_seeds
-from hemiola_runtime.sampler import latents_to_pixels
+from hemiola_runtime.results import latents_to_pixels
 from hemiola_runtime.schedule import FULL
 from hemiola_search.errors import SearchError
 from hemiola_search.judge import Judge

@@ -147,12 +147,14 @@ class BackendEntry:
         distribution: what it needs.
         extra: of Hemiola, that installs it.
         copies_weights: whether every engine has its own copy of the weights that lie in the weight file.
+        alignment: of the address of every tensor, in bytes.
     """
 
     module: str
     distribution: str
     extra: str
     copies_weights: bool = False
+    alignment: int = 1
 
 
 BACKENDS: Final[Mapping[str, BackendEntry]] = {
@@ -160,9 +162,12 @@ BACKENDS: Final[Mapping[str, BackendEntry]] = {
     "onnxruntime_cuda": BackendEntry(
         "hemiola_runtime.backends.onnxruntime_cuda", "onnxruntime-gpu", "gpu", copies_weights=True
     ),
-    "tensorrt": BackendEntry("hemiola_runtime.backends.tensorrt", "tensorrt", "tensorrt"),
-    "tensorrt_rtx": BackendEntry("hemiola_runtime.backends.tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx"),
-    "inductor": BackendEntry("hemiola_engines.inductor_runtime", "torch", "inductor"),  # there, since it needs torch
+    "tensorrt": BackendEntry("hemiola_runtime.backends.tensorrt", "tensorrt", "tensorrt", alignment=256),
+    "tensorrt_rtx": BackendEntry(
+        "hemiola_runtime.backends.tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx", alignment=256
+    ),
+    # In engines, since it needs torch. Its kernels load vectors, and rely on the alignment they were compiled with.
+    "inductor": BackendEntry("hemiola_engines.inductor_runtime", "torch", "inductor", alignment=16),
 }
 
 

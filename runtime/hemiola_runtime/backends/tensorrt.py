@@ -18,7 +18,7 @@ from typing import Any, Final
 from hemiola_runtime.backends import BackendOptions, Workspace, cuda
 from hemiola_runtime.errors import BundleError, DeviceError
 from hemiola_runtime.manifest import BackendSpec, DType, EngineSpec, Profile, TensorSpec
-from hemiola_runtime.program import ALIGNMENT, Launch
+from hemiola_runtime.program import Launch
 
 logger = logging.getLogger(__name__)
 
@@ -278,17 +278,11 @@ class TensorRTEngine:
         """Fix the address of every tensor; makes an execution context for shapes that are new to the workspace.
 
         Raises:
-            BundleError: an address is not aligned as TensorRT wants it.
             DeviceError: TensorRT refuses a shape or a profile.
         """
         assert isinstance(workspace, TensorRTWorkspace)
         assert self._engine is not None, "the engine is closed"
         addresses = {name: workspace.address + place.offset for name, place in launch.tensors.items()}
-        if crooked := [name for name, address in addresses.items() if address % ALIGNMENT]:
-            raise BundleError(
-                f"`{launch.engine}` reads {crooked[0]} at an address that is no multiple of {ALIGNMENT} bytes, as "
-                "TensorRT wants it: rows times width of the model must be a multiple of 64"
-            )
         shapes = tuple(launch.tensors[spec.name].shape for spec in self.spec.graph.inputs)
         key = (launch.engine, shapes)
         if key not in workspace.contexts:
