@@ -30,7 +30,8 @@ from hemiola_export.model import load_model, make_scheduler
 from hemiola_export.solver import scheduler_identity
 from hemiola_runtime.artifacts import MadeBy, write_text
 from hemiola_runtime.bench import Machine, Measurement, measure
-from hemiola_runtime.manifest import UNCACHED, WEIGHTS_FILE
+from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graphs import WEIGHTS_FILE
 from hemiola_runtime.sampler import Sampler
 from hemiola_runtime.schedule import FoundBy, Schedule, TokenSelector, tokens
 from hemiola_search.problem import first_deep_block

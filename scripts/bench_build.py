@@ -22,7 +22,9 @@ from hemiola_engines.options import BuildOptions
 from hemiola_runtime.artifacts import MadeBy, in_words, write_text
 from hemiola_runtime.backends import entry_of
 from hemiola_runtime.bench import Machine
-from hemiola_runtime.manifest import FRONT, Manifest, read_graph_set
+from hemiola_runtime.graph_set import read_graph_set
+from hemiola_runtime.graphs import FRONT
+from hemiola_runtime.manifest import Manifest
 
 
 def main() -> None:

@@ -20,7 +20,9 @@ from hemiola_runtime.backends import obstacle
 from hemiola_runtime.bench import Spread, in_turn, sample, summary
 from hemiola_runtime.bundle import open_bundle
 from hemiola_runtime.errors import BundleError
-from hemiola_runtime.manifest import CONDITIONING, UNCACHED, VAE_DECODER, BackendSpec
+from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graphs import CONDITIONING, VAE_DECODER
+from hemiola_runtime.manifest import BackendSpec
 from hemiola_runtime.report import RunReport
 from hemiola_runtime.sampler import Sampler
 from hemiola_runtime.schedule import Forward

@@ -25,7 +25,8 @@ from hemiola_export.solver import measure_solver
 from hemiola_export.trajectory import Requests
 from hemiola_runtime.bench import Spread, in_turn
 from hemiola_runtime.errors import RequestError
-from hemiola_runtime.manifest import PRECISIONS, UNCACHED
+from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graphs import PRECISIONS
 from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.schedule import Schedule
 

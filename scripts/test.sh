@@ -8,4 +8,4 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports
-pytest "$@"
+pytest --numprocesses auto --dist loadfile "$@"

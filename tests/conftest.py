@@ -59,7 +59,7 @@ def segmented(latent: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
 def unguided(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A random DiT of pixels, without guidance, Euler steps."""
     folder = tmp_path_factory.mktemp("unguided")
-    transformer = tiny_dit(num_blocks=2, channels=1, has_learned_sigma=False)
+    transformer = tiny_dit(num_blocks=2, head_width=16, channels=1, has_learned_sigma=False)
     save_tiny_model(folder / "model", has_vae=False, transformer=transformer, scheduler=V_PREDICTION)
     model = load_model(str(folder / "model"))
     solver = diffusers.EulerDiscreteScheduler.from_config(model.scheduler.config)

@@ -24,7 +24,8 @@ from hemiola_engines import build
 from hemiola_engines.onnxruntime import ONNXRUNTIME_CUDA
 from hemiola_engines.options import BuildOptions
 from hemiola_runtime.backends import cuda, tensorrt
-from hemiola_runtime.manifest import GraphFormat, GraphSpec, Precision, Profile
+from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
+from hemiola_runtime.manifest import Profile
 from hemiola_runtime.results import Result
 
 VERSIONS: Final[dict[Kind, str]] = {"tensorrt": "11.4.0", "tensorrt_lean": "11.4.0", "tensorrt_rtx": "1.7.1.116"}

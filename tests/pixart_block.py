@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hemiola_export.named_module import NamedModule, Tensors
-from hemiola_runtime.manifest import DType, TensorSpec
+from hemiola_runtime.graphs import DType, TensorSpec
 
 NUM_TOKENS = 64
 TEXT_LENGTH = 40

@@ -13,25 +13,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.manifest import (
+from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graphs import (
     CONDITIONING,
     FRONT,
     PRECISIONS,
     STEP_TABLE,
-    UNCACHED,
     VAE_DECODER,
-    BackendSpec,
     DType,
-    EngineSpec,
-    FileSpec,
     GraphSpec,
-    Manifest,
-    Pipeline,
     Precision,
-    Profile,
     TensorSpec,
     WeightSpec,
 )
+from hemiola_runtime.manifest import BackendSpec, EngineSpec, FileSpec, Manifest, Profile
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,

@@ -17,20 +17,10 @@ from hemiola_engines.layouts import arrange
 from hemiola_engines.options import BuildOptions, Layout
 from hemiola_engines.parity import BOUNDS, check_parity
 from hemiola_runtime.errors import BundleError, IntegrityError
-from hemiola_runtime.manifest import (
-    PRECISIONS,
-    REFERENCE_FILE,
-    WEIGHTS_FILE,
-    FileSpec,
-    Graphs,
-    GraphSet,
-    Manifest,
-    Pipeline,
-    read_graph_set,
-    read_manifest,
-    write_graph_set,
-    write_manifest,
-)
+from hemiola_runtime.graph_set import REFERENCE_FILE, Graphs, GraphSet, read_graph_set, write_graph_set
+from hemiola_runtime.graphs import PRECISIONS, WEIGHTS_FILE
+from hemiola_runtime.manifest import FileSpec, Manifest, read_manifest, write_manifest
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.sampler import Sampler
 from strategies import chains_of, examples, graph_specs, manifest_of, pipelines
 

@@ -21,16 +21,9 @@ from bundles import Made
 from commands import MadeByCommands, check_message, done, missing, python
 from hemiola.cli import COMMANDS, main
 from hemiola_runtime.artifacts import in_words, sha256_of
-from hemiola_runtime.manifest import (
-    REFERENCE_FILE,
-    BackendSpec,
-    FileSpec,
-    GraphSpec,
-    read_graph_set,
-    read_manifest,
-    write_graph_set,
-    write_manifest,
-)
+from hemiola_runtime.graph_set import REFERENCE_FILE, read_graph_set, write_graph_set
+from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.manifest import BackendSpec, FileSpec, read_manifest, write_manifest
 from hemiola_runtime.schedule import read_schedule, write_schedule
 
 

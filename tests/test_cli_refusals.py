@@ -21,7 +21,9 @@ import pytest
 import hemiola_export.export
 from commands import SEARCH, MadeByCommands, check_message, missing, python, refused, save_model
 from hemiola_runtime.artifacts import sha256_of
-from hemiola_runtime.manifest import REFERENCE_FILE, FileSpec, GraphSpec, read_graph_set, read_manifest, write_manifest
+from hemiola_runtime.graph_set import REFERENCE_FILE, read_graph_set
+from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.manifest import FileSpec, read_manifest, write_manifest
 from hemiola_runtime.schedule import REUSE, Schedule, read_schedule, write_schedule
 
 

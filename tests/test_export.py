@@ -17,15 +17,8 @@ from hemiola_export.export import export_pipeline
 from hemiola_export.forwards import ForwardConfig, Full
 from hemiola_export.model import Model, load_model, make_scheduler, scheduler_from_identity
 from hemiola_runtime.errors import ScheduleError
-from hemiola_runtime.manifest import (
-    PRECISIONS,
-    REFERENCE_FILE,
-    WEIGHTS_FILE,
-    GraphSpec,
-    Precision,
-    WeightSpec,
-    read_graph_set,
-)
+from hemiola_runtime.graph_set import REFERENCE_FILE, read_graph_set
+from hemiola_runtime.graphs import PRECISIONS, WEIGHTS_FILE, GraphSpec, Precision, WeightSpec
 from models import save_tiny_model, tiny_dit
 
 

@@ -23,7 +23,8 @@ from hemiola_export.forwards import (
     Tokens,
 )
 from hemiola_export.named_module import NamedModule, Tensors
-from hemiola_runtime.manifest import FRONT, PRECISIONS, Pipeline, Precision, TensorSpec
+from hemiola_runtime.graphs import FRONT, PRECISIONS, Precision, TensorSpec
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import Forward, ModelIdentity, TokenSelector
 from models import NUM_CLASSES, NUM_TOKENS, tiny_dit
 from strategies import graph_specs

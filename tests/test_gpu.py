@@ -31,7 +31,8 @@ from hemiola_export.reference import beyond_bounds, compare_forwards
 from hemiola_runtime.backends import BACKENDS, cuda
 from hemiola_runtime.bundle import open_bundle
 from hemiola_runtime.errors import CancelledError, NumericError, RequestError
-from hemiola_runtime.manifest import UNCACHED, GraphFormat, Precision
+from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graphs import GraphFormat, Precision
 from hemiola_runtime.results import Result
 from hemiola_runtime.sampler import Sampler
 from models import save_tiny_model, tiny_dit

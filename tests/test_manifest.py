@@ -13,26 +13,19 @@ from hypothesis import strategies as st
 from hemiola_runtime.artifacts import MadeBy
 from hemiola_runtime.codec import encode
 from hemiola_runtime.errors import BundleError, ScheduleError
+from hemiola_runtime.graph_set import GRAPHS_FILE, Graphs, GraphSet, read_graph_set, write_graph_set
+from hemiola_runtime.graphs import PRECISIONS, GraphSpec, TensorSpec, WeightSpec
 from hemiola_runtime.manifest import (
-    GRAPHS_FILE,
     MANIFEST_FILE,
-    PRECISIONS,
     BackendSpec,
     EngineSpec,
     FileSpec,
-    Graphs,
-    GraphSet,
-    GraphSpec,
     Manifest,
-    Pipeline,
     Profile,
-    TensorSpec,
-    WeightSpec,
-    read_graph_set,
     read_manifest,
-    write_graph_set,
     write_manifest,
 )
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import DEEP, FULL, REUSE, Schedule, TokenSelector, read_schedule, tokens
 from strategies import examples, json_values, manifests, mutated
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 import pytest
 
 from hemiola_runtime.errors import CapacityError
-from hemiola_runtime.manifest import EngineSpec, FileSpec, Manifest, WeightSpec, read_manifest
+from hemiola_runtime.graphs import WeightSpec
+from hemiola_runtime.manifest import EngineSpec, FileSpec, Manifest, read_manifest
 from hemiola_runtime.memory import MemoryPlan, available_host_bytes, plan_memory
 
 MANIFEST: Final = read_manifest(Path(__file__).parent / "golden")  # guided, up to 8 images, one engine of 4096 a row

@@ -27,7 +27,8 @@ from hemiola_runtime.backends import BackendOptions, cuda, onnxruntime_cuda, ope
 from hemiola_runtime.backends.onnxruntime import ONNX_TYPES, open_session
 from hemiola_runtime.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCuda
 from hemiola_runtime.errors import BundleError, CancelledError, CapacityError, DeviceError
-from hemiola_runtime.manifest import BackendSpec, EngineSpec, GraphSpec, TensorSpec, WeightSpec
+from hemiola_runtime.graphs import GraphSpec, TensorSpec, WeightSpec
+from hemiola_runtime.manifest import BackendSpec, EngineSpec
 from hemiola_runtime.program import Launch, Placed
 from hemiola_runtime.results import Result
 from hemiola_runtime.sampler import Sampler

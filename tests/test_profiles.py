@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hemiola_engines.profiles import MAX_TOKEN_BUCKETS, profiles_of, token_buckets
-from hemiola_runtime.manifest import GraphSpec, Profile, TensorSpec
+from hemiola_runtime.graphs import GraphSpec, TensorSpec
+from hemiola_runtime.manifest import Profile
 from hemiola_runtime.program import lower
 from hemiola_runtime.schedule import FULL, REUSE, Schedule, read_schedule, tokens
 from strategies import Lowerable, examples, lowerables, schedules

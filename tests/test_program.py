@@ -12,18 +12,11 @@ from hypothesis import given
 from numpy.typing import NDArray
 
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.errors import ScheduleError
-from hemiola_runtime.manifest import (
-    CONDITIONING,
-    PRECISIONS,
-    STEP_TABLE,
-    VAE_DECODER,
-    GraphSpec,
-    Pipeline,
-    Precision,
-    Profile,
-)
-from hemiola_runtime.program import SOLVER, Launch, Placed, Program, lower
+from hemiola_runtime.errors import BundleError, ScheduleError
+from hemiola_runtime.graphs import CONDITIONING, PRECISIONS, STEP_TABLE, VAE_DECODER, GraphSpec, Precision
+from hemiola_runtime.manifest import Profile
+from hemiola_runtime.pipeline import Pipeline
+from hemiola_runtime.program import SOLVER, Launch, Placed, Program, check_alignment, lower
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,
@@ -343,6 +336,19 @@ def test_a_schedule_of_sizes_that_an_engine_was_not_built_for_is_refused_with_bo
 
 
 # laws of every program
+
+
+@examples(40)
+@given(parts=lowerables())
+def test_a_program_is_aligned_where_the_entries_of_its_tables_are(parts: Lowerable) -> None:
+    entry_bytes = 4 * parts.batch_size * parts.manifest.pipeline.rows_per_image * parts.manifest.pipeline.width
+    program = lowered(parts)
+    check_alignment(program, 4)  # an element of a table
+    if entry_bytes % ALIGNMENT == 0 or len(parts.schedule.steps) == 1:
+        check_alignment(program, ALIGNMENT)
+    else:
+        with pytest.raises(BundleError, match=r"behind a multiple of 256, .* must be a multiple of 64"):
+            check_alignment(program, ALIGNMENT)
 
 
 @examples(40)

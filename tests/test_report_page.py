@@ -12,7 +12,9 @@ import pytest
 from hemiola.pictures import as_png, row_of
 from hemiola_runtime.artifacts import MadeBy
 from hemiola_runtime.bench import Machine, Measurement, Spread
-from hemiola_runtime.manifest import BackendSpec, EngineSpec, FileSpec, GraphSpec, Manifest, Pipeline
+from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.manifest import BackendSpec, EngineSpec, FileSpec, Manifest
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,

@@ -24,7 +24,7 @@ from hemiola_engines.options import Layout
 from hemiola_runtime.backends import BackendOptions, open_backend, tensorrt
 from hemiola_runtime.bundle import open_bundle
 from hemiola_runtime.errors import BundleError, CancelledError, CapacityError, DeviceError, HemiolaError, NumericError
-from hemiola_runtime.manifest import ITEMSIZE
+from hemiola_runtime.graphs import ITEMSIZE
 from hemiola_runtime.program import Program, lower
 from hemiola_runtime.request import request_from_arguments
 from hemiola_runtime.results import Result

@@ -33,7 +33,8 @@ from hemiola_export.onnx_graphs import export_graph
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import sha256_of
 from hemiola_runtime.codec import encode
-from hemiola_runtime.manifest import WEIGHTS_FILE, GraphSpec, Profile, TensorSpec
+from hemiola_runtime.graphs import WEIGHTS_FILE, GraphSpec, TensorSpec
+from hemiola_runtime.manifest import Profile
 from pixart_block import PixArtBlock
 
 pytest.importorskip("tensorrt_rtx")

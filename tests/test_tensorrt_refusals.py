@@ -25,6 +25,7 @@ from gpu_bundles import (
     install_library,
     tensorrt_bundle,
 )
+from hemiola_runtime import backends
 from hemiola_runtime.backends import BackendOptions, cuda, open_backend, tensorrt
 from hemiola_runtime.bundle import Bundle, open_bundle
 from hemiola_runtime.errors import BundleError, DeviceError
@@ -336,11 +337,12 @@ def test_what_was_said_once_is_not_said_again(bundle: Path, library: Any, monkey
 
 
 def test_a_model_whose_vectors_are_not_aligned_is_refused_on_opening_with_the_reason(
-    unguided: Made, library: Any, tmp_path: Path
+    unguided: Made, library: Any, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     bundle = tensorrt_bundle(unguided.graphs, tmp_path / "bundle", max_batch_size=2)
-    # 1 row of width 32 in float32 is 128 bytes, and steps follow each other
-    with pytest.raises(BundleError, match=r"`\w+` reads \S+ 128 bytes behind a multiple of 256,.* a multiple of 64"):
+    wider = replace(backends.BACKENDS["tensorrt"], alignment=512)  # 1 row of width 64 in float32 is 256 bytes
+    monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "tensorrt": wider})
+    with pytest.raises(BundleError, match=r"`\w+` reads \S+ 256 bytes behind a multiple of 512,.* a multiple of 128"):
         Sampler.open(bundle)
 
 

@@ -24,20 +24,15 @@ from hemiola_runtime.artifacts import MadeBy, replacing_folder, sha256_of
 from hemiola_runtime.backends import entry_of, obstacle
 from hemiola_runtime.codec import encode
 from hemiola_runtime.errors import BundleError
+from hemiola_runtime.graph_set import REFERENCE_FILE, GraphSet, read_graph_set
+from hemiola_runtime.graphs import PRECISIONS, WEIGHTS_FILE, GraphSpec, Precision
 from hemiola_runtime.manifest import (
     MANIFEST_FILE,
-    PRECISIONS,
-    REFERENCE_FILE,
-    WEIGHTS_FILE,
     BackendSpec,
     EngineSpec,
     FileSpec,
-    GraphSet,
-    GraphSpec,
     Manifest,
-    Precision,
     Profile,
-    read_graph_set,
     read_manifest,
     write_manifest,
 )

@@ -9,7 +9,8 @@ from typing import Protocol
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
 from hemiola_runtime.artifacts import sha256_of
-from hemiola_runtime.manifest import GraphFormat, GraphSpec, Precision, Profile
+from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
+from hemiola_runtime.manifest import Profile
 
 Progress = Callable[[str], None]
 

@@ -19,7 +19,8 @@ from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
 from hemiola_runtime.artifacts import sha256_of, write_bytes
 from hemiola_runtime.codec import encode
-from hemiola_runtime.manifest import STEP_TABLE, GraphFormat, GraphSpec, Precision, Profile, TensorSpec
+from hemiola_runtime.graphs import STEP_TABLE, GraphFormat, GraphSpec, Precision, TensorSpec
+from hemiola_runtime.manifest import Profile
 
 SIGNATURE: Final = "HEMIOLA_SIGNATURE"  # key in the metadata of a model
 

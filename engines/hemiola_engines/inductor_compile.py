@@ -21,7 +21,8 @@ from torch.export.passes import move_to_device_pass
 from hemiola_engines.builder import Progress
 from hemiola_engines.errors import BuildError
 from hemiola_engines.inductor import SIGNATURE, model_name, signature, unfolded
-from hemiola_runtime.manifest import GraphSpec, Profile
+from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.manifest import Profile
 
 TUNING: Final[Mapping[int | None, Mapping[str, Any]]] = {  # by optimization level; for others Inductor's own choice
     0: {"aot_inductor.compile_wrapper_opt_level": "O0"},  # of what launches the kernels, not of the kernels

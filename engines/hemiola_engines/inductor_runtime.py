@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from torch._C._aoti import AOTIModelPackageLoader
 
 from hemiola_engines.inductor import SIGNATURE, model_name, signature, unfolded
 from hemiola_runtime.backends import BackendOptions, Bound, Workspace, cuda
+from hemiola_runtime.backends.host import Addressed, HostWorkspace
 from hemiola_runtime.errors import BundleError, DeviceError
 from hemiola_runtime.manifest import BackendSpec, EngineSpec
 from hemiola_runtime.memory import available_host_bytes
 from hemiola_runtime.program import Launch
 
-VECTOR_BYTES: Final = 16  # Inductor's kernels load vectors of this size, and rely on the alignment of the examples
 RUNS_ALSO: Final[Mapping[str, tuple[str, ...]]] = {"AVX2": ("AVX512",)}  # what runs code compiled for another processor
 
 
@@ -125,8 +125,6 @@ class Inductor:
         """Allocate a workspace on the device."""
         if self._cuda is not None:
             return InductorWorkspace(self._cuda, num_bytes, staged_bytes)
-        from hemiola_runtime.backends.onnxruntime import HostWorkspace
-
         return HostWorkspace(num_bytes)
 
     def close(self) -> None:
@@ -173,13 +171,6 @@ def _viewed(raw: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
     return raw.view(getattr(torch, dtype)).view(tuple(shape))
 
 
-@runtime_checkable
-class Addressed(Protocol):
-    """A workspace whose memory has an address."""
-
-    address: int
-
-
 class InductorEngine:
     """The models of one engine, one for each profile; shared by all requests.
 
@@ -197,11 +188,7 @@ class InductorEngine:
         self._turn = threading.Lock()  # a model loads its kernels when it first runs, and may not be entered twice
 
     def bind(self, launch: Launch, workspace: Workspace) -> BoundModel:
-        """Fix every input and output to the workspace's memory.
-
-        Raises:
-            BundleError: an address is not aligned as Inductor's kernels want it.
-        """
+        """Fix every input and output to the workspace's memory."""
         assert isinstance(workspace, Addressed)
         assert self._models, "the engine is closed"
         graph = self.spec.graph
@@ -210,11 +197,6 @@ class InductorEngine:
         for spec in (*graph.inputs, *graph.outputs):
             place = launch.tensors[spec.name]
             address = workspace.address + place.offset
-            if address % VECTOR_BYTES:
-                raise BundleError(
-                    f"`{launch.engine}` reads {spec.name} at an address that is no multiple of {VECTOR_BYTES} bytes, "
-                    "as Inductor's kernels want it: rows times width of the model must be a multiple of 4"
-                )
             shape = place.shape
             if len(unfolded(spec)) > len(shape):  # a table, which the model takes as steps and rows
                 shape = (launch.sizes["T"], shape[0] // launch.sizes["T"], *shape[1:])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import Layout
-from hemiola_runtime.manifest import FRONT, GraphSpec
+from hemiola_runtime.graphs import FRONT, GraphSpec
 from hemiola_runtime.schedule import Forward
 
 

@@ -16,7 +16,8 @@ from typing import ClassVar, Final
 from hemiola_engines.builder import Progress, check_source
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
-from hemiola_runtime.manifest import GraphFormat, GraphSpec, Precision, Profile
+from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
+from hemiola_runtime.manifest import Profile
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hemiola_runtime.manifest import Precision
+from hemiola_runtime.graphs import Precision
 
 Layout = Literal["separate", "segmented"]
 
@@ -21,7 +21,7 @@ class BuildOptions:
         precision: which of the exported precisions; None for the only one there is.
         layout: `separate` gives every forward an engine of its own; `segmented` runs `full` as the engine of the
             shallow blocks followed by that of the deep ones, so that no block's weights are in both.
-        optimization_level: TensorRT's, 0 (fast to build) to 5; None for TensorRT's default.
+        optimization_level: 0 (fast to build) to 5 (fast to run), for TensorRT and inductor; None for the default.
         timing_cache: TensorRT's measurements of kernels, a folder with one file per GPU and version; None for none.
         is_timing_cache_pinned: read it, never write it, and refuse to measure what it does not hold.
         is_version_compatible: build TensorRT engines that its lean runtime, and newer releases, can run.

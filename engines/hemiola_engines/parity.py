@@ -16,7 +16,9 @@ import numpy as np
 
 from hemiola_engines.errors import BuildError
 from hemiola_runtime.bundle import open_bundle
-from hemiola_runtime.manifest import REFERENCE_FILE, Precision, read_manifest, write_manifest
+from hemiola_runtime.graph_set import REFERENCE_FILE
+from hemiola_runtime.graphs import Precision
+from hemiola_runtime.manifest import read_manifest, write_manifest
 from hemiola_runtime.sampler import Sampler
 
 # Relative L2 of the final latents against PyTorch in float32. One forward in float32 is off by 1e-6, in float16 1e-3,

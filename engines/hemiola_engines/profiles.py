@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Final
 
-from hemiola_runtime.manifest import GraphSpec, Profile
+from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.manifest import Profile
 from hemiola_runtime.schedule import Schedule
 
 MAX_TOKEN_BUCKETS: Final = 4  # a profile adds up to a fifth to the build time of an engine, and to its tuning data

@@ -30,7 +30,8 @@ from hemiola_engines.options import BuildOptions
 from hemiola_engines.tensorrt_child import Message, Range, Request
 from hemiola_runtime.artifacts import in_words
 from hemiola_runtime.codec import encode, parse
-from hemiola_runtime.manifest import GraphFormat, GraphSpec, Precision, Profile
+from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
+from hemiola_runtime.manifest import Profile
 
 CHILD: Final = (sys.executable, "-P", "-m", "hemiola_engines.tensorrt_child")
 RTX_CAPABILITIES: Final = ("8.0", "8.6", "8.9", "12.0", "12.1")  # all that 1.7 knows but 7.5, which lacks float32 GEMMs

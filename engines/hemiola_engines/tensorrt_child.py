@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, TextIO, TypeAlias
 
 from hemiola_runtime.artifacts import write_bytes
 from hemiola_runtime.codec import encode, parse
-from hemiola_runtime.manifest import TensorSpec
+from hemiola_runtime.graphs import TensorSpec
 
 Range: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, likeliest, largest shape
 

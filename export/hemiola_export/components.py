@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hemiola_export.named_module import NamedModule, Tensors
-from hemiola_runtime.manifest import TensorSpec
+from hemiola_runtime.graphs import TensorSpec
 
 
 class VaeDecoder(NamedModule):

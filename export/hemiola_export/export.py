@@ -23,25 +23,20 @@ from hemiola_export.torch_programs import export_program
 from hemiola_export.trajectory import Requests, Trajectory
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import MadeBy, replacing_folder
-from hemiola_runtime.manifest import (
+from hemiola_runtime.graph_set import GRAPHS_FILE, REFERENCE_FILE, UNCACHED, Graphs, GraphSet, write_graph_set
+from hemiola_runtime.graphs import (
     CONDITIONING,
     FRONT,
-    GRAPHS_FILE,
     ITEMSIZE,
     PRECISIONS,
-    REFERENCE_FILE,
-    UNCACHED,
     VAE_DECODER,
     WEIGHTS_FILE,
     GraphFormat,
-    Graphs,
-    GraphSet,
     GraphSpec,
-    Pipeline,
     Precision,
-    write_graph_set,
 )
 from hemiola_runtime.noise import noise_from_seeds
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import Forward, Schedule, TokenSelector, write_schedule
 from hemiola_runtime.solver_table import SolverTable, write_solver_table
 

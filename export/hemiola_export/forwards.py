@@ -22,7 +22,7 @@ from torch import Tensor
 from hemiola_export.families.seams import ATTENTION, GAIN, GATE, SHIFT, Family, vector_name
 from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_export.selection import attend_and_score, check_selector, rank
-from hemiola_runtime.manifest import STEP_TABLE, TensorSpec
+from hemiola_runtime.graphs import STEP_TABLE, TensorSpec
 from hemiola_runtime.schedule import Forward, TokenSelector
 
 INPUT_SCALE: Final = TensorSpec("input_scale", "float32", ())

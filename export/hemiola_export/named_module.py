@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from hemiola_runtime.manifest import TensorSpec
+from hemiola_runtime.graphs import TensorSpec
 
 Tensors = dict[str, Tensor]
 

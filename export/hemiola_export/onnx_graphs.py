@@ -18,7 +18,7 @@ from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_export.tracing import TORCH_DTYPES, dynamic_shapes, example_inputs, in_order
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import sha256_of
-from hemiola_runtime.manifest import WEIGHTS_FILE, GraphSpec, TensorSpec, WeightSpec
+from hemiola_runtime.graphs import WEIGHTS_FILE, GraphSpec, TensorSpec, WeightSpec
 
 OPSET: Final = 20  # decomposed attention, which every backend fuses by itself; 23 fails to build in fp32 on TensorRT
 EXTERNAL_BYTES: Final = 1024  # smaller weights stay within the graph

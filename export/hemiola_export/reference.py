@@ -19,7 +19,7 @@ from hemiola_export.model import Model
 from hemiola_export.trajectory import Moment, Requests, Trajectory
 from hemiola_runtime.bundle import Bundle
 from hemiola_runtime.errors import NumericError
-from hemiola_runtime.manifest import Precision
+from hemiola_runtime.graphs import Precision
 from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.probe import Probe
 from hemiola_runtime.schedule import Forward

@@ -24,7 +24,7 @@ from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_export.tracing import TORCH_DTYPES, dynamic_shapes, example_inputs, in_order
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import sha256_of
-from hemiola_runtime.manifest import GraphSpec, WeightSpec
+from hemiola_runtime.graphs import GraphSpec, WeightSpec
 
 PROVENANCE: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 

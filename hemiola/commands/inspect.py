@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from hemiola_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from hemiola_runtime.manifest import GraphSpec, Manifest, Pipeline
+    from hemiola_runtime.graphs import GraphSpec
+    from hemiola_runtime.manifest import Manifest
+    from hemiola_runtime.pipeline import Pipeline
     from hemiola_runtime.schedule import Schedule
 
 
@@ -23,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Inspect."""
-    from hemiola_runtime.manifest import GRAPHS_FILE, MANIFEST_FILE
+    from hemiola_runtime.graph_set import GRAPHS_FILE
+    from hemiola_runtime.manifest import MANIFEST_FILE
 
     path: Path = options.path
     if (path / MANIFEST_FILE).is_file():
@@ -96,7 +99,8 @@ def _table(graphs: Iterable[GraphSpec], sizes: Mapping[str, int], size_of: str) 
 def _graphs(path: Path) -> list[str]:
     from hemiola_engines.layouts import arrange
     from hemiola_runtime.artifacts import in_words
-    from hemiola_runtime.manifest import FRONT, WEIGHTS_FILE, read_graph_set
+    from hemiola_runtime.graph_set import read_graph_set
+    from hemiola_runtime.graphs import FRONT, WEIGHTS_FILE
 
     graph_set = read_graph_set(path)
     lines = ["graphs", *_pipeline(graph_set.pipeline)]

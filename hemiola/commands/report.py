@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from hemiola.progress import Bar
     from hemiola_runtime.artifacts import write_together
     from hemiola_runtime.bench import Machine, measure
-    from hemiola_runtime.manifest import UNCACHED
+    from hemiola_runtime.graph_set import UNCACHED
     from hemiola_runtime.sampler import Sampler
     from hemiola_search.record import read_record
     from hemiola_search.report import ReportInput, difference_image, render_report

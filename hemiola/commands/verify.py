@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     """Verify."""
     from hemiola_engines.parity import BOUNDS, check_parity, write_parity
     from hemiola_runtime.bundle import open_bundle
-    from hemiola_runtime.manifest import REFERENCE_FILE
+    from hemiola_runtime.graph_set import REFERENCE_FILE
 
     bundle = open_bundle(options.bundle)
     manifest = bundle.manifest

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from hemiola_runtime.artifacts import sha256_of
 from hemiola_runtime.codec import parse
 from hemiola_runtime.errors import BundleError, IntegrityError, ScheduleError
-from hemiola_runtime.manifest import WEIGHTS_FILE, Manifest, read_manifest
+from hemiola_runtime.graphs import WEIGHTS_FILE
+from hemiola_runtime.manifest import Manifest, read_manifest
 from hemiola_runtime.schedule import Schedule
 from hemiola_runtime.solver_table import SolverTable, solver_table_from_json
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from hemiola_runtime.artifacts import in_words
 from hemiola_runtime.backends import entry_of
 from hemiola_runtime.errors import CapacityError
-from hemiola_runtime.manifest import WEIGHTS_FILE, Manifest
+from hemiola_runtime.graphs import WEIGHTS_FILE
+from hemiola_runtime.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)

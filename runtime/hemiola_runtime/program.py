@@ -12,15 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from hemiola_runtime.errors import BundleError, ScheduleError
-from hemiola_runtime.manifest import (
-    CONDITIONING,
-    ITEMSIZE,
-    STEP_TABLE,
-    VAE_DECODER,
-    DType,
-    Manifest,
-    TensorSpec,
-)
+from hemiola_runtime.graphs import CONDITIONING, ITEMSIZE, STEP_TABLE, VAE_DECODER, DType, TensorSpec
+from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.schedule import Schedule
 from hemiola_runtime.solver_table import SolverTable
 

@@ -13,7 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from hemiola_runtime.bench import Machine, Measurement
-from hemiola_runtime.manifest import CONDITIONING, UNCACHED, VAE_DECODER, Manifest
+from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graphs import CONDITIONING, VAE_DECODER
+from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.schedule import Forward, Schedule
 from hemiola_search.errors import SearchError
 from hemiola_search.plots import NAMES, ParetoPoint, pareto_plot

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: engines are sessions, a workspace is one numpy array, a launch is one run on its memory.
+"""ONNX Runtime on the CPU: engines are sessions, and a launch is one run on a workspace in host memory.
 
 All sessions share one read-only mapping of the weight file. That needs prepacking off: a prepacked weight is a private
 copy per session, three sessions three times the memory, for 5 % of speed.
@@ -6,19 +6,18 @@ copy per session, three sessions three times the memory, for 5 % of speed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final
 
-import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
-from hemiola_runtime.backends import BackendOptions, Bound, Workspace
+from hemiola_runtime.backends import BackendOptions, Workspace
+from hemiola_runtime.backends.host import Addressed, HostWorkspace
 from hemiola_runtime.errors import BundleError
-from hemiola_runtime.manifest import BackendSpec, EngineSpec, GraphSpec
+from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.manifest import BackendSpec, EngineSpec
 from hemiola_runtime.memory import available_host_bytes
-from hemiola_runtime.program import ALIGNMENT, Launch
+from hemiola_runtime.program import Launch
 
 PROVIDERS: Final = ["CPUExecutionProvider"]
 TYPE_NAMES: Final = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
@@ -160,13 +159,6 @@ class OnnxRuntimeEngine:
         self.session = None
 
 
-@runtime_checkable
-class Addressed(Protocol):
-    """A workspace whose memory has an address."""
-
-    address: int
-
-
 class BoundSession:
     """A session with all its tensors at fixed addresses."""
 
@@ -184,57 +176,3 @@ class BoundSession:
     def enqueue(self) -> None:
         """Run the session; returns when it has finished."""
         self._session.run_with_iobinding(self._binding, self.run_options)
-
-
-class HostWorkspace:
-    """A workspace in host memory. Pages that are never touched cost nothing."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._memory: NDArray[np.uint8] = np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8)
-        start = self._memory.ctypes.data
-        self._skip = -start % ALIGNMENT
-        self.address = start + self._skip
-
-    def write(self, offset: int, data: NDArray[np.uint8]) -> None:
-        """Copy bytes to the memory."""
-        self._memory[self._skip + offset : self._skip + offset + len(data)] = data
-
-    def write_anywhere(self, offset: int, data: NDArray[np.uint8]) -> None:
-        """Copy bytes to the memory."""
-        self.write(offset, data)
-
-    def read(self, offset: int, num_bytes: int) -> NDArray[np.uint8]:
-        """Return a copy of some bytes."""
-        return self._memory[self._skip + offset : self._skip + offset + num_bytes].copy()
-
-    def timeline(self, num_marks: int) -> HostTimeline:
-        """Make a timeline."""
-        return HostTimeline(num_marks)
-
-    def capture(self, launches: Sequence[Bound]) -> None:
-        """Return None: there is nothing to gain from replaying sessions as one."""
-
-    def wait(self) -> None:
-        """Return at once: a launch is done when it returns."""
-
-    def close(self) -> None:
-        """Free the memory; nothing bound to it may run any more."""
-        self._memory = np.zeros(0, dtype=np.uint8)
-
-
-class HostTimeline:
-    """Moments by the clock of this process."""
-
-    def __init__(self, num_marks: int) -> None:
-        self._seconds = [0.0] * num_marks
-
-    def mark(self, index: int) -> None:
-        """Note this moment; all that was launched is done by now."""
-        self._seconds[index] = time.perf_counter()
-
-    def wait(self, index: int) -> None:
-        """Return at once."""
-
-    def elapsed_ms(self, first: int, last: int) -> float:
-        """Return the milliseconds between two moments."""
-        return 1000 * (self._seconds[last] - self._seconds[first])

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from hemiola_runtime.backends import BackendOptions, Workspace, cuda
 from hemiola_runtime.errors import BundleError, DeviceError
-from hemiola_runtime.manifest import BackendSpec, DType, EngineSpec, Profile, TensorSpec
+from hemiola_runtime.graphs import DType, TensorSpec
+from hemiola_runtime.manifest import BackendSpec, EngineSpec, Profile
 from hemiola_runtime.program import Launch
 
 logger = logging.getLogger(__name__)
