@@ -68,6 +68,6 @@ hemiola export "$model" $random_weights ${random_weights:+--no-reference} "${sch
 hemiola build "$out/graphs" --backend "$backend" --layout "$layout" --max-batch-size "$max_batch_size" \
   --out "$out/bundle"
 hemiola inspect "$out/bundle"
-if [ -z "$random_weights" ] && hemiola doctor --bundle "$out/bundle"; then
+if [ -z "$random_weights" ] && hemiola doctor "$out/bundle"; then
   hemiola report "$out/bundle" --search "$out/search.json" --out "$out/report.html"
 fi

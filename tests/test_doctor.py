@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
+from bundles import Made
 from gpu_bundles import RTX, FakeBuilder, install_driver, install_gpu, install_library
 from hemiola.cli import main
 from hemiola.commands.doctor import Examined, examine
 from hemiola_engines.build import BUILDERS
 from hemiola_runtime import bench
 from hemiola_runtime.backends import BACKENDS, tensorrt
+from hemiola_runtime.manifest import read_manifest, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +147,14 @@ def test_none_is_too_few(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def _only(running: str) -> Callable[[str], Examined]:
     return lambda name: Examined(name, None, "it is not installed", None if name == running else "there is no GPU")
+
+
+def test_a_bundle_that_runs_here_is_told_from_one_that_does_not(
+    latent: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(latent.bundle)]) == 0
+    assert capsys.readouterr().out == f"{latent.bundle} runs here\n"
+    manifest = read_manifest(latent.bundle)
+    write_manifest(replace(manifest, backend=replace(manifest.backend, version="99.0.0")), tmp_path)
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "does not run here: the bundle was built with onnxruntime 99.0.0" in capsys.readouterr().out

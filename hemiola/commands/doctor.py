@@ -1,4 +1,7 @@
-"""Say what is installed, what works here, and the command that mends what does not."""
+"""Say what is installed, what works here, and the command that mends what does not.
+
+With a bundle: say whether that runs here, as the exit code does.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hemiola_runtime.errors import HemiolaError
@@ -63,10 +67,13 @@ class Examined:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder from `hemiola build`")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Examine this machine."""
+    """Examine this machine, or what a bundle needs of it."""
+    if options.bundle is not None:
+        return _examine_bundle(options.bundle)
     from hemiola_runtime.artifacts import in_words
     from hemiola_runtime.backends import BACKENDS
     from hemiola_runtime.memory import available_host_bytes
@@ -88,6 +95,14 @@ def run(options: argparse.Namespace) -> int:
         write(f"{backend}\n")
     write(f"onnxruntime has the providers: {_providers()}\n")
     return 0 if any(backend.run_obstacle is None for backend in examined) else 1
+
+
+def _examine_bundle(bundle: Path) -> int:
+    from hemiola_runtime.manifest import read_manifest
+
+    reason = _run_obstacle(read_manifest(bundle).backend)
+    sys.stdout.write(f"{bundle} runs here\n" if reason is None else f"{bundle} does not run here: {reason}\n")
+    return 0 if reason is None else 1
 
 
 def examine(name: str) -> Examined:
