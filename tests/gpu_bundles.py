@@ -21,11 +21,11 @@ import pytest
 from fake_cuda import FakeCudart
 from fake_tensorrt import Kind, fake_engine_bytes, fake_tensorrt
 from hemiola_engines import build
+from hemiola_engines.builder import EngineJob
 from hemiola_engines.onnxruntime import ONNXRUNTIME_CUDA
 from hemiola_engines.options import BuildOptions
 from hemiola_runtime.backends import cuda, tensorrt
-from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
-from hemiola_runtime.manifest import Profile
+from hemiola_runtime.graphs import GraphFormat, Precision
 from hemiola_runtime.results import Result
 
 VERSIONS: Final[dict[Kind, str]] = {"tensorrt": "11.4.0", "tensorrt_lean": "11.4.0", "tensorrt_rtx": "1.7.1.116"}
@@ -100,22 +100,16 @@ class FakeBuilder:
     def target(self, options: BuildOptions) -> tuple[str | None, tuple[str, ...]]:
         return self.gpu, self.capabilities
 
-    def build_engine(
-        self,
-        graph: GraphSpec,
-        source: Path,
-        target: Path,
-        profiles: Sequence[Profile],
-        options: BuildOptions,
-        progress: Any,
-        *,
-        rows_per_image: int,
+    def build_engines(
+        self, jobs: Sequence[EngineJob], options: BuildOptions, progress: Any, *, rows_per_image: int
     ) -> None:
         made_for: Any = {"kind": self.kind, "version": self.version(), "compute_capability": self.compute_capability}
         is_compatible = options.is_version_compatible
-        target.write_bytes(
-            fake_engine_bytes(source, profiles, rows_per_image, is_version_compatible=is_compatible, **made_for)
-        )
+        for job in jobs:
+            engine = fake_engine_bytes(
+                job.source, job.profiles, rows_per_image, is_version_compatible=is_compatible, **made_for
+            )
+            job.target.write_bytes(engine)
 
 
 TENSORRT: Final = FakeBuilder()

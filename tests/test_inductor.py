@@ -18,12 +18,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from torch._C._aoti import AOTIModelPackageLoader
 
 from bundles import schedule_from_rhythm
 from gpu_bundles import install_gpu
+from hemiola_engines import inductor_compile
 from hemiola_engines.build import build_bundle
+from hemiola_engines.builder import EngineJob
 from hemiola_engines.errors import BuildError
-from hemiola_engines.inductor import INDUCTOR
+from hemiola_engines.inductor import INDUCTOR, signature
 from hemiola_engines.inductor_compile import _specialized
 from hemiola_engines.inductor_runtime import InductorWorkspace, make_backend, obstacle
 from hemiola_engines.options import BuildOptions
@@ -174,31 +177,60 @@ def test_a_table_may_be_open_in_steps_and_images_at_once(programs: Exported) -> 
     assert {(2, 4), (2, 5)} <= found
 
 
+def reuse_job(programs: Exported, folder: Path, *profiles: Profile) -> EngineJob:
+    """The smallest program."""
+    graph = programs.graphs["reuse"]
+    return EngineJob(graph, programs.folder / graph.file, folder / "reuse.pt2", profiles)
+
+
 def test_an_interrupted_build_leaves_no_file(programs: Exported, tmp_path: Path) -> None:
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt
 
-    graph = programs.graphs["reuse"]
-    source, profiles = programs.folder / graph.file, [Profile({"B": (1, 1, 1)})]
+    job = reuse_job(programs, tmp_path, Profile({"B": (1, 1, 1)}))
     with pytest.raises(KeyboardInterrupt):
-        INDUCTOR.build_engine(
-            graph, source, tmp_path / "reuse.pt2", profiles, BuildOptions("inductor", 1), interrupt, rows_per_image=2
-        )
+        INDUCTOR.build_engines([job], BuildOptions("inductor", 1), interrupt, rows_per_image=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_program_is_refused(programs: Exported, tmp_path: Path) -> None:
-    graph = replace(programs.graphs["reuse"], sha256="0" * 64)
+    job = reuse_job(programs, tmp_path)
+    changed = replace(job, graph=replace(job.graph, sha256="0" * 64))
     with pytest.raises(BuildError, match="changed since it was exported"):
-        INDUCTOR.build_engine(
-            graph,
-            programs.folder / graph.file,
-            tmp_path / "reuse.pt2",
-            [],
-            BuildOptions("inductor", 1),
-            print,
-            rows_per_image=2,
-        )
+        INDUCTOR.build_engines([changed], BuildOptions("inductor", 1), print, rows_per_image=2)
+
+
+@pytest.mark.slow
+def test_several_processes_compile_what_one_does(
+    programs: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2 * inductor_compile.CORES_PER_WORKER)
+    profiles = Profile({"B": (1, 1, 1)}), Profile({"B": (2, 2, 2)})
+    job = reuse_job(programs, tmp_path, *profiles)
+    told: list[str] = []
+    INDUCTOR.build_engines([job], BuildOptions("inductor", 2, optimization_level=0), told.append, rows_per_image=2)
+    assert told == [
+        "compiling reuse",
+        "engine reuse: compiled (1 of 2 models)",
+        "engine reuse: compiled (2 of 2 models)",
+    ]
+    for i, profile in enumerate(profiles):
+        model = AOTIModelPackageLoader(str(job.target), f"profile_{i}", True, 1, -1)
+        assert model.get_metadata()["HEMIOLA_SIGNATURE"] == signature(job.graph, profile)
+
+
+def test_what_another_process_cannot_compile_is_told_by_name(
+    programs: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2 * inductor_compile.CORES_PER_WORKER)
+    (tmp_path / "graphs").mkdir()
+    job = reuse_job(programs, tmp_path, Profile({"B": (1, 1, 1)}), Profile({"B": (2, 2, 2)}))
+    garbage = tmp_path / "graphs" / "reuse.pt2"
+    garbage.write_bytes(b"no program")
+    job = replace(job, source=garbage, graph=replace(job.graph, sha256=sha256_of(b"no program")))
+    with pytest.raises(BuildError, match="cannot compile `reuse`"):
+        INDUCTOR.build_engines([job], BuildOptions("inductor", 2), print, rows_per_image=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
 
 
 def test_other_builds_of_the_same_release_run_its_engines() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from hemiola_engines.builder import Builder, Progress
+from hemiola_engines.builder import Builder, EngineJob, Progress
 from hemiola_engines.errors import BuildError
 from hemiola_engines.inductor import INDUCTOR
 from hemiola_engines.layouts import arrange
@@ -102,28 +102,25 @@ def build_bundle(graphs: Path, out: Path, options: BuildOptions, *, progress: Pr
         _check_weights(weights, exported.weights_sha256)
         if builder.keeps_weight_file:
             shutil.copyfile(weights, folder / ENGINES_FOLDER / WEIGHTS_FILE)
-        engines = {}
-        for name, graph in chosen.items():
-            profiles = _profiles(graph, graph_set, graphs, options, builder)
-            key = _key(graph, exported.weights_sha256, backend, profiles, options)
-            file = f"{ENGINES_FOLDER}/{name}.{builder.extension}"
+        jobs = {
+            name: EngineJob(
+                graph,
+                graphs / graph.file,
+                folder / ENGINES_FOLDER / f"{name}.{builder.extension}",
+                _profiles(graph, graph_set, graphs, options, builder),
+            )
+            for name, graph in chosen.items()
+        }
+        keys = {
+            name: _key(job.graph, exported.weights_sha256, backend, job.profiles, options) for name, job in jobs.items()
+        }
+        for name, key in keys.items():
             if key in existing:
                 progress(f"engine {name}: up to date")
-                _link_or_copy(existing[key], folder / file)
-            else:
-                progress(f"engine {name}")
-                builder.build_engine(
-                    graph,
-                    graphs / graph.file,
-                    folder / file,
-                    profiles,
-                    options,
-                    progress,
-                    rows_per_image=graph_set.pipeline.rows_per_image,
-                )
-            digest = _digest(folder / file).sha256
-            kept = graph.weights if builder.keeps_weight_file else ()
-            engines[name] = EngineSpec(replace(graph, file=file, sha256=digest, weights=kept), key, profiles)
+                _link_or_copy(existing[key], jobs[name].target)
+        missing = [job for name, job in jobs.items() if keys[name] not in existing]
+        builder.build_engines(missing, options, progress, rows_per_image=graph_set.pipeline.rows_per_image)
+        engines = {name: _engine(job, keys[name], builder) for name, job in jobs.items()}
         manifest = Manifest(
             schema=2,
             backend=backend,
@@ -147,6 +144,13 @@ def build_bundle(graphs: Path, out: Path, options: BuildOptions, *, progress: Pr
             write_manifest(manifest, folder)
     logger.info("wrote %s: %s", out, ", ".join(engines))
     return Built(manifest, not_compared)
+
+
+def _engine(job: EngineJob, key: str, builder: Builder) -> EngineSpec:
+    file = f"{ENGINES_FOLDER}/{job.target.name}"
+    weights = job.graph.weights if builder.keeps_weight_file else ()
+    graph = replace(job.graph, file=file, sha256=_digest(job.target).sha256, weights=weights)
+    return EngineSpec(graph, key, job.profiles)
 
 
 def _precision(graph_set: GraphSet, asked: Precision | None) -> Precision:

@@ -1,8 +1,9 @@
-"""What every backend's builder offers, and the check that all of them begin with."""
+"""What every backend's builder offers and is given, and the check that all of them begin with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,23 @@ from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
 from hemiola_runtime.manifest import Profile
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineJob:
+    """One engine to build.
+
+    Attributes:
+        graph: its description.
+        source: the graph's file; the weight file lies beside it.
+        target: the engine's file.
+        profiles: sizes to tune for; none for a backend without profiles.
+    """
+
+    graph: GraphSpec
+    source: Path
+    target: Path
+    profiles: tuple[Profile, ...]
 
 
 class Builder(Protocol):
@@ -55,30 +73,19 @@ class Builder(Protocol):
             BuildError: the builder needs a GPU, and there is none.
         """
 
-    def build_engine(
-        self,
-        graph: GraphSpec,
-        source: Path,
-        target: Path,
-        profiles: Sequence[Profile],
-        options: BuildOptions,
-        progress: Progress,
-        *,
-        rows_per_image: int,
+    def build_engines(
+        self, jobs: Sequence[EngineJob], options: BuildOptions, progress: Progress, *, rows_per_image: int
     ) -> None:
-        """Write the engine of a graph; the file appears whole or not at all.
+        """Write the engines of some graphs; each file appears whole or not at all.
 
         Args:
-            graph: its description.
-            source: its file; the weight file lies beside it.
-            target: the engine's file.
-            profiles: sizes to tune for; none for a backend without profiles.
+            jobs: one for each engine.
             options: how to build.
-            progress: told what is being done.
+            progress: told `engine NAME` when one is begun, and how far it is.
             rows_per_image: 2 under guidance, else 1.
 
         Raises:
-            BuildError: the file is not the one that was exported, or the backend refuses it.
+            BuildError: a graph is not the one that was exported, or the backend refuses it.
         """
 
 

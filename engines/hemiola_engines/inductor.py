@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Final
 
-from hemiola_engines.builder import Progress, check_source
+from hemiola_engines.builder import EngineJob, Progress, check_source
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
-from hemiola_runtime.artifacts import sha256_of, write_bytes
+from hemiola_runtime.artifacts import sha256_of
 from hemiola_runtime.codec import encode
 from hemiola_runtime.graphs import STEP_TABLE, GraphFormat, GraphSpec, Precision, TensorSpec
 from hemiola_runtime.manifest import Profile
@@ -62,35 +62,32 @@ class Inductor:
         capability = compute_capability()
         return None, () if capability is None else (capability,)
 
-    def build_engine(
-        self,
-        graph: GraphSpec,
-        source: Path,
-        target: Path,
-        profiles: Sequence[Profile],
-        options: BuildOptions,
-        progress: Progress,
-        *,
-        rows_per_image: int,
+    def build_engines(
+        self, jobs: Sequence[EngineJob], options: BuildOptions, progress: Progress, *, rows_per_image: int
     ) -> None:
-        """Compile a program for every profile.
+        """Compile programs for all their profiles, several at once where there are cores for it.
 
         By default matrix products are cuBLAS's. Optimization level 4 measures Triton's kernels beside them, which can
         hold what follows the product; level 5 also searches the tiles of all other kernels. Level 0 builds in less
         time what launches the kernels: a captured trajectory does not notice.
 
         Raises:
-            BuildError: the file is not the one that was exported, or PyTorch cannot compile it.
+            BuildError: a file is not the one that was exported, or PyTorch cannot compile it.
         """
-        from hemiola_engines.inductor_compile import compiled_package
+        from hemiola_engines.inductor_compile import compile_engines
 
-        check_source(graph, source)
-        program = source.read_bytes()
-        level = options.optimization_level
-        write_bytes(compiled_package(graph, program, profiles, level, progress, rows_per_image), target)
+        for job in jobs:
+            check_source(job.graph, job.source)
+        if jobs:
+            compile_engines(jobs, options.optimization_level, progress, rows_per_image)
 
 
 INDUCTOR: Final = Inductor()
+
+
+def limit_threads(count: int) -> None:
+    """Begin a compiling process, before PyTorch is imported: so many threads of Inductor's for itself."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(count)
 
 
 def model_name(profile: int) -> str:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import multiprocessing
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +23,14 @@ from torch._inductor.package.package import package_aoti
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from hemiola_engines.builder import Progress
+from hemiola_engines.builder import EngineJob, Progress
 from hemiola_engines.errors import BuildError
-from hemiola_engines.inductor import SIGNATURE, model_name, signature, unfolded
+from hemiola_engines.inductor import SIGNATURE, limit_threads, model_name, signature, unfolded
+from hemiola_runtime.artifacts import write_bytes
 from hemiola_runtime.graphs import GraphSpec
 from hemiola_runtime.manifest import Profile
 
+CORES_PER_WORKER: Final = 2  # a compiling process, and the compiler that it calls
 TUNING: Final[Mapping[int | None, Mapping[str, Any]]] = {  # by optimization level; for others Inductor's own choice
     0: {"aot_inductor.compile_wrapper_opt_level": "O0"},  # of what launches the kernels, not of the kernels
     4: {"max_autotune_gemm": True},
@@ -39,45 +46,89 @@ def compute_capability() -> str | None:
     return f"{major}.{minor}"
 
 
-def compiled_package(
-    graph: GraphSpec,
-    program: bytes,
-    profiles: Sequence[Profile],
-    optimization_level: int | None,
-    progress: Progress,
-    rows_per_image: int,
-) -> bytes:
-    """Compile a program with a model for every profile.
+def compile_engines(
+    jobs: Sequence[EngineJob], optimization_level: int | None, progress: Progress, rows_per_image: int
+) -> None:
+    """Compile a model for every profile of every program, and write their packages.
+
+    Host code in them is for the processor of this machine, kernels are for its GPU.
 
     Args:
-        graph: its description.
-        program: from `torch.export.save`.
-        profiles: a side of one size becomes a constant, any other a range.
-        optimization_level: see `Inductor.build_engine`.
+        jobs: programs from `torch.export.save`, and where their packages go.
+        optimization_level: see `Inductor.build_engines`.
         progress: told what is being done.
         rows_per_image: 2 under guidance, else 1.
 
-    Returns:
-        The package. Host code in it is for the processor of this machine, kernels are for its GPU.
-
     Raises:
-        BuildError: PyTorch cannot read or compile it.
+        BuildError: PyTorch cannot read or compile one.
     """
-    package = io.BytesIO()
-    with tempfile.TemporaryDirectory(prefix="hemiola-") as folder, _quiet(), _told_of(graph):
-        whole = torch.export.load(io.BytesIO(program))
-        files = {}
-        for i, profile in enumerate(profiles):
-            progress(f"engine {graph.name}: profile {i + 1} of {len(profiles)}")
-            options = {
-                "aot_inductor.output_path": str(Path(folder) / model_name(i)),
-                "aot_inductor.metadata": {SIGNATURE: signature(graph, profile)},
-                **TUNING.get(optimization_level, {}),
-            }
-            files[model_name(i)] = _compiled(_specialized(whole, graph, profile, rows_per_image), options)
-        package_aoti(package, files)
+    with tempfile.TemporaryDirectory(prefix="hemiola-") as folder:
+        models = [
+            _Model(job.graph, job.source, i, profile, Path(folder) / job.graph.name, optimization_level, rows_per_image)
+            for job in jobs
+            for i, profile in enumerate(job.profiles)
+        ]
+        files: dict[str, dict[str, list[Any]]] = {job.graph.name: {} for job in jobs}
+        progress(f"compiling {', '.join(files)}")
+        for done, (model, compiled) in enumerate(_all_compiled(models), start=1):
+            files[model.graph.name][model_name(model.index)] = compiled
+            progress(f"engine {model.graph.name}: compiled ({done} of {len(models)} models)")
+        for job in jobs:
+            package = io.BytesIO()
+            package_aoti(package, files[job.graph.name])
+            write_bytes(package.getvalue(), job.target)
     torch.cuda.empty_cache()  # whoever runs the engines next, in this process, needs the memory of the examples
-    return package.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """One program to compile for one profile; a side of one size becomes a constant, any other a range."""
+
+    graph: GraphSpec
+    source: Path
+    index: int
+    profile: Profile
+    folder: Path
+    optimization_level: int | None
+    rows_per_image: int
+
+    def compiled(self) -> list[Any]:
+        """Compile it; returns the files of a package."""
+        options = {
+            "aot_inductor.output_path": str(self.folder / model_name(self.index)),
+            "aot_inductor.metadata": {SIGNATURE: signature(self.graph, self.profile)},
+            **TUNING.get(self.optimization_level, {}),
+        }
+        with _quiet(), _told_of(self.graph):
+            whole = torch.export.load(self.source)
+            return _compiled(_specialized(whole, self.graph, self.profile, self.rows_per_image), options)
+
+
+def _all_compiled(models: Sequence[_Model]) -> Iterator[tuple[_Model, list[Any]]]:
+    """Compile models, each with its files as soon as it is done; on a few cores one after the other, in this process.
+
+    Most of a compilation is one thread of Python or of the C++ compiler.
+    """
+    cores = os.cpu_count() or 1
+    workers = min(len(models), cores // CORES_PER_WORKER)
+    if workers <= 1:
+        yield from ((model, model.compiled()) for model in models)
+        return
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), limit_threads, (max(1, cores // workers),)
+    ) as pool:
+        running = {pool.submit(model.compiled): model for model in models}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BrokenProcessPool as error:
+            raise BuildError(
+                "a compiling process was killed, most likely for want of memory. Close other programs, or build on a "
+                "machine with more memory"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _compiled(traced: ExportedProgram, options: Mapping[str, Any]) -> list[Any]:

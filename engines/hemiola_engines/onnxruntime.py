@@ -10,14 +10,12 @@ import importlib.metadata
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Final
 
-from hemiola_engines.builder import Progress, check_source
+from hemiola_engines.builder import EngineJob, Progress, check_source
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
-from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
-from hemiola_runtime.manifest import Profile
+from hemiola_runtime.graphs import GraphFormat, Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +68,18 @@ class OnnxRuntime:
         """Graphs are tied to no GPU."""
         return None, ()
 
-    def build_engine(
-        self,
-        graph: GraphSpec,
-        source: Path,
-        target: Path,
-        profiles: Sequence[Profile],
-        options: BuildOptions,
-        progress: Progress,
-        *,
-        rows_per_image: int,
+    def build_engines(
+        self, jobs: Sequence[EngineJob], options: BuildOptions, progress: Progress, *, rows_per_image: int
     ) -> None:
-        """Write the engine of a graph: the graph.
+        """Write the engines of some graphs: the graphs.
 
         Raises:
-            BuildError: the file is not the one that was exported.
+            BuildError: a file is not the one that was exported.
         """
-        check_source(graph, source)
-        shutil.copyfile(source, target)
+        for job in jobs:
+            progress(f"engine {job.graph.name}")
+            check_source(job.graph, job.source)
+            shutil.copyfile(job.source, job.target)
 
 
 # bfloat16 lacks kernels on the CPU, and float16 is computed there as float32 between casts: slower than float32.

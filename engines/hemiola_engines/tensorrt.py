@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, ClassVar, Final
 
-from hemiola_engines.builder import Progress, check_source
+from hemiola_engines.builder import EngineJob, Progress, check_source
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
 from hemiola_engines.tensorrt_child import Message, Range, Request
@@ -116,6 +116,20 @@ class TensorRT:
             return None, options.compute_capabilities or self.portable_to
         name, capability = _gpu(self.title)
         return name, (capability,)
+
+    def build_engines(
+        self, jobs: Sequence[EngineJob], options: BuildOptions, progress: Progress, *, rows_per_image: int
+    ) -> None:
+        """Write the engines of some graphs, one after the other: each may take most of the memory, and times kernels.
+
+        Raises:
+            BuildError: see `build_engine`.
+        """
+        for job in jobs:
+            progress(f"engine {job.graph.name}")
+            self.build_engine(
+                job.graph, job.source, job.target, job.profiles, options, progress, rows_per_image=rows_per_image
+            )
 
     def build_engine(
         self,
