@@ -6,8 +6,9 @@
 #                                 [--backend NAME] [--precision P] [--layout separate|segmented] [--random-weights]
 #
 # Without arguments: the digits model, 50 steps of DDIM, 17 of them full, guidance 2, for ONNX Runtime on the CPU, into
-# out/digits. The precision is fp32 on the CPU and bf16 elsewhere. With --random-weights, --model is the name of a known
-# architecture (dit-xl-2); its schedules are ProCache's published ones, since on noise nothing can be judged.
+# out/digits. The precision is fp32 on the CPU, fp16 for onnxruntime_cuda and bf16 elsewhere. With --random-weights,
+# --model is the name of a known architecture (dit-xl-2); its schedules are ProCache's published ones, since on noise
+# nothing can be judged.
 # The report needs a machine on which the engines run.
 set -euo pipefail
 
@@ -16,7 +17,7 @@ backend=onnxruntime precision= layout=separate random_weights=
 while [ $# -gt 0 ]; do
   case $1 in
     --random-weights) random_weights=--random-weights; shift; continue ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
   esac
   case $1 in
     --model) model=${2:?} ;;
@@ -35,10 +36,10 @@ while [ $# -gt 0 ]; do
 done
 
 case $backend in
-  onnxruntime) extras=search format=onnx; precision=${precision:-fp32} ;;
-  onnxruntime_cuda) extras=search,gpu format=onnx; precision=${precision:-bf16} ;;
+  onnxruntime) extras=search,cpu format=onnx; precision=${precision:-fp32} ;;
+  onnxruntime_cuda) extras=search,gpu format=onnx; precision=${precision:-fp16} ;;
   tensorrt | tensorrt_rtx) extras=search,${backend//_/-} format=onnx; precision=${precision:-bf16} ;;
-  inductor) extras=search format=torch; precision=${precision:-bf16} ;;
+  inductor) extras=search,inductor format=torch; precision=${precision:-bf16} ;;
   *) echo "unknown backend: $backend" >&2; exit 2 ;;
 esac
 EXTRAS=$extras

@@ -174,7 +174,7 @@ def test_bindings_that_are_not_installed_are_told_with_their_command(
     cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, cuda.BINDINGS, None)
-    assert "pip install 'hemiola[gpu]'" in str(cuda.obstacle())
+    assert "pip install 'cuda-bindings>=13,<14'" in str(cuda.obstacle())
 
 
 # pinned memory

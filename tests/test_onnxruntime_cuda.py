@@ -278,7 +278,8 @@ def test_a_provider_that_falls_back_to_the_cpu_is_refused(
 
 def test_an_onnxruntime_without_the_provider_is_an_obstacle_with_its_command(bundle: Path) -> None:
     with pytest.raises(
-        BundleError, match=rf"onnxruntime \S+ has no {PROVIDER}\. .*pip uninstall onnxruntime && pip in"
+        BundleError,
+        match=rf"onnxruntime \S+ has no {PROVIDER}\. .*pip uninstall --yes onnxruntime onnxruntime-gpu && pip in",
     ):
         Sampler.open(bundle)
 
@@ -303,7 +304,7 @@ def test_a_machine_without_a_driver_is_an_obstacle(
     bundle: Path, cudart: FakeCudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_driver(monkeypatch, lambda _: SimpleNamespace(cuInit=lambda _: 100))
-    with pytest.raises(BundleError, match=r"driver does not start \(cuInit gives 100\)"):
+    with pytest.raises(BundleError, match="the NVIDIA driver sees no GPU; CUDA_VISIBLE_DEVICES may hide it"):
         Sampler.open(bundle)
 
 

@@ -172,7 +172,7 @@ class Bench:
         return writes
 
     def prepare(self, name: str, scale: float, batch_size: int = 1) -> BoundProgram:
-        return self.slot.prepare((name, batch_size), lambda: program_of(scale))
+        return self.slot.prepare((name, batch_size), lambda: program_of(scale), as_one=True)
 
 
 def bench(*, captures: bool = False, can_capture: bool = False) -> Bench:
@@ -187,7 +187,7 @@ STAGED: Final = (512, 264)  # one label, padded to 256 bytes, and a state of two
 def test_a_program_is_lowered_and_bound_once_for_each_schedule_and_batch_size() -> None:
     on = bench()
     first = on.prepare("fast", 2.0)
-    assert on.slot.prepare(("fast", 1), lambda: pytest.fail("lowered again")) is first
+    assert on.slot.prepare(("fast", 1), lambda: pytest.fail("lowered again"), as_one=True) is first
     assert on.engine.bound == ["conditioning", "scale", "scale"]
     assert on.prepare("full", 2.0) is not first
     assert on.prepare("fast", 2.0, batch_size=2) is not first
@@ -213,8 +213,10 @@ def test_constants_are_written_again_only_after_another_program_has_used_the_wor
     assert written == [True, False, True, False, True]
 
 
-@pytest.mark.parametrize("captures", [False, True])
-def test_constants_are_written_again_after_another_program_was_prepared(captures: bool) -> None:
+@pytest.mark.parametrize(("captures", "written"), [(False, [STAGED]), (True, [CONSTANTS, STAGED])])
+def test_constants_are_written_again_after_another_program_was_captured(
+    captures: bool, written: list[tuple[int, int]]
+) -> None:
     on = bench(captures=captures, can_capture=True)
     fast = on.prepare("fast", 2.0)
     on.slot.begin(fast, INPUTS)
@@ -222,7 +224,7 @@ def test_constants_are_written_again_after_another_program_was_prepared(captures
     on.prepare("full", 8.0)  # whose capture runs on the same memory
     on.workspace.writes.clear()
     on.slot.begin(fast, INPUTS)
-    assert on.new_writes == [CONSTANTS, STAGED]
+    assert on.new_writes == written
 
 
 def test_constants_whose_writing_failed_are_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,3 +352,15 @@ def test_a_closed_slot_has_closed_its_workspace() -> None:
     on.prepare("fast", 2.0)
     on.slot.close()
     assert on.workspace.is_closed
+
+
+def test_a_program_is_captured_only_for_a_request_that_runs_as_one() -> None:
+    on = bench(captures=True, can_capture=True)
+    key = ("fast", 1)
+    streamed = on.slot.prepare(key, lambda: program_of(2.0), as_one=False)
+    assert on.slot.prepared(key, as_one=False) is streamed
+    assert on.slot.prepared(key, as_one=True) is None
+    assert on.workspace.num_captures == 0
+    assert on.slot.prepare(key, lambda: pytest.fail("lowered again"), as_one=True) is streamed
+    assert on.workspace.num_captures == 1
+    assert on.slot.prepared(key, as_one=True) is streamed

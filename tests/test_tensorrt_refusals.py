@@ -118,7 +118,7 @@ def remove_bindings(monkeypatch: Patch, gpu: FakeCudart) -> None:
     [
         ({}, start_no_driver, r"driver does not start \(cuInit gives 999\)"),
         ({}, age_the_driver, "CUDA does not start: CUDA driver version is insufficient for CUDA runtime version"),
-        ({}, remove_bindings, r"cuda-bindings cannot be imported .*pip install 'hemiola\[gpu\]'"),
+        ({}, remove_bindings, r"cuda-bindings cannot be imported .*pip install 'cuda-bindings>=13,<14'"),
         ({}, install_nothing, r"no library runs its engines \(tensorrt: .*\)\. pip install 'hemiola\[tensorrt\]'"),
         ({}, install_lean, r"no library runs its engines \(tensorrt: .* in sys\.modules\)\. pip install"),
         ({}, install_rtx, r"pip install 'hemiola\[tensorrt\]'"),

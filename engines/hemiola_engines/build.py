@@ -48,6 +48,7 @@ BUILDERS: Final[dict[str, Builder]] = {
     "inductor": INDUCTOR,
 }
 ENGINES_FOLDER: Final = "engines"
+RECIPE: Final = 1  # to be raised when a builder makes another engine of the same graph and options
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,10 @@ def _key(
     options: BuildOptions,
 ) -> str:
     """Digest all that an engine is made of."""
-    parts = [graph.sha256, weights_sha256, encode(backend), encode(profiles), options.optimization_level]
+    measurements = options.timing_cache if options.is_timing_cache_pinned else None
+    pinned = [] if measurements is None else [_digest(file).sha256 for file in sorted(measurements.glob("*"))]
+    tuning = [RECIPE, options.optimization_level, *pinned]
+    parts = [graph.sha256, weights_sha256, encode(backend), encode(profiles), tuning]
     return sha256_of(json.dumps(parts).encode())
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 from hemiola_engines.builder import EngineJob, Progress, check_source
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
-from hemiola_runtime.graphs import GraphFormat, Precision
+from hemiola_runtime.graphs import VAE_DECODER, GraphFormat, Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,13 @@ class OnnxRuntime:
         """Write the engines of some graphs: the graphs.
 
         Raises:
-            BuildError: a file is not the one that was exported.
+            BuildError: a file is not the one that was exported, or it needs kernels that ONNX Runtime lacks.
         """
         for job in jobs:
+            if job.graph.name == VAE_DECODER and any(weight.dtype == "bfloat16" for weight in job.graph.weights):
+                raise BuildError(
+                    f"{options.backend} has no bfloat16 kernels for the norms of a VAE. Export with --precision fp16"
+                )
             progress(f"engine {job.graph.name}")
             check_source(job.graph, job.source)
             shutil.copyfile(job.source, job.target)

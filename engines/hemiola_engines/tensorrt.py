@@ -172,7 +172,7 @@ class TensorRT:
                 timing_cache=self._timing_cache(options, version),
                 is_timing_cache_pinned=options.is_timing_cache_pinned,
                 is_version_compatible=options.is_version_compatible,
-                compute_capabilities=options.compute_capabilities,
+                compute_capabilities=options.compute_capabilities or self.portable_to,
                 level=logger.getEffectiveLevel(),
             )
             built = self._run(request, graph.name, progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 from hemiola_runtime.artifacts import in_words
 from hemiola_runtime.backends import entry_of
 from hemiola_runtime.errors import CapacityError
-from hemiola_runtime.graphs import WEIGHTS_FILE
+from hemiola_runtime.graphs import VAE_DECODER, WEIGHTS_FILE
 from hemiola_runtime.manifest import Manifest
 
 
@@ -72,9 +72,13 @@ class MemoryPlan:
 
 def plan_memory(manifest: Manifest, workspace_bytes: int, max_concurrency: int) -> MemoryPlan:
     """Add up what serving takes."""
-    rows = manifest.max_batch_size * manifest.pipeline.rows_per_image
-    activation = max(graph.activation_bytes_per_row for graph in manifest.graphs.values())
-    return MemoryPlan(_weights_bytes(manifest), workspace_bytes, rows * activation, max_concurrency)
+    images = manifest.max_batch_size
+    rows = images * manifest.pipeline.rows_per_image
+    activation = max(
+        (images if name == VAE_DECODER else rows) * graph.activation_bytes_per_row  # a decoder's row is an image
+        for name, graph in manifest.graphs.items()
+    )
+    return MemoryPlan(_weights_bytes(manifest), workspace_bytes, activation, max_concurrency)
 
 
 def _weights_bytes(manifest: Manifest) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from numpy.typing import NDArray
 
-from hemiola_runtime.backends import BackendOptions, open_backend
+from hemiola_runtime.backends import BackendOptions, Engine, open_backend
 from hemiola_runtime.bundle import Bundle
 from hemiola_runtime.program import lower
 from hemiola_runtime.storage import from_bytes, to_bytes
@@ -24,11 +25,15 @@ class Probe:
             bundle.manifest.backend,
             BackendOptions(bundle.weights, bundle.weights_folder, None, bundle.manifest.made_by.command),
         )
-        self._engines = {
-            name: self._backend.load(spec, bundle.files[spec.graph.file])
-            for name, spec in bundle.manifest.engines.items()
-        }
-        self._workspace = self._backend.workspace(self._program.num_bytes, self._program.staged_bytes)
+        self._engines: dict[str, Engine] = {}
+        with ExitStack() as owned:
+            owned.callback(self._backend.close)
+            for name, spec in bundle.manifest.engines.items():
+                self._engines[name] = self._backend.load(spec, bundle.files[spec.graph.file])
+                owned.callback(self._engines[name].close)
+            self._workspace = self._backend.workspace(self._program.num_bytes, self._program.staged_bytes)
+            owned.callback(self._workspace.close)
+            self._owned = owned.pop_all()
 
     def step(self, index: int, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one step.
@@ -54,10 +59,7 @@ class Probe:
 
     def close(self) -> None:
         """Free everything."""
-        self._workspace.close()
-        for engine in self._engines.values():
-            engine.close()
-        self._backend.close()
+        self._owned.close()
 
     def __enter__(self) -> Probe:
         return self

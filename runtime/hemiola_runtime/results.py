@@ -52,4 +52,5 @@ def latents_to_pixels(latents: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def as_bytes(images: NDArray[Any]) -> NDArray[np.uint8]:
     """Turn pictures in [0, 1] into bytes."""
-    return np.ascontiguousarray(np.rint(images * 255).astype(np.uint8))
+    scaled = np.ascontiguousarray(images * np.float32(255))
+    return np.rint(scaled, out=scaled).astype(np.uint8)

@@ -203,7 +203,7 @@ class Sampler:
                 try:
                     for name in names:
                         for size in batch_sizes:
-                            self._prepare(slot, name, size)
+                            self._prepare(slot, name, size, as_one=True)
                 finally:
                     slot.settle()
 
@@ -253,9 +253,12 @@ class Sampler:
     def _lower(self, name: str, batch_size: int) -> Program:
         return lower(self._manifest, self._schedules[name], self._tables[name], batch_size)
 
-    def _prepare(self, slot: Slot, name: str, batch_size: int) -> BoundProgram:
+    def _prepare(self, slot: Slot, name: str, batch_size: int, *, as_one: bool) -> BoundProgram:
+        key = (name, batch_size)
+        if (program := slot.prepared(key, as_one=as_one)) is not None:  # no request waits while another slot captures
+            return program
         with self._preparing:
-            return slot.prepare((name, batch_size), lambda: self._lower(name, batch_size))
+            return slot.prepare(key, lambda: self._lower(name, batch_size), as_one=as_one)
 
     @contextmanager
     def _all_slots(self) -> Iterator[None]:
@@ -286,7 +289,7 @@ class Sampler:
 
     def _draw(self, request: Request, name: str) -> Result:
         with self._slot() as slot:
-            program = self._prepare(slot, name, request.batch_size)
+            program = self._prepare(slot, name, request.batch_size, as_one=True)
             start = time.perf_counter()
             inputs = self._inputs(request, name)
             slot.begin(program, inputs)
@@ -296,7 +299,7 @@ class Sampler:
     def _steps(self, request: Request, name: str) -> Iterator[Progress]:
         num_steps = len(self._schedules[name].steps)
         with self._slot() as slot:
-            program = self._prepare(slot, name, request.batch_size)
+            program = self._prepare(slot, name, request.batch_size, as_one=False)
             start = time.perf_counter()
             inputs = self._inputs(request, name)
             slot.begin(program, inputs)

@@ -46,6 +46,7 @@ class BoundProgram:
         )
         self._timeline = workspace.timeline(2 * len(program.launches))  # before and after each launch
         self._replay: Replay | None = None
+        self.was_captured = False  # or found to be beyond the backend
         self._engines: list[str] = []  # those that ran in the last trajectory, counted as they were enqueued
         self._ran_as_one = False
 
@@ -55,6 +56,7 @@ class BoundProgram:
         # What another program has left here may be no label, and engines look labels up without a check.
         self.write_inputs({name: np.zeros(place.shape) for name, place in self.program.inputs.items()})
         self._replay = self._workspace.capture(self._bound)
+        self.was_captured = True
 
     def write_constants(self) -> None:
         """Write what the launches take as given."""
@@ -137,16 +139,23 @@ class Slot:
         self._programs: dict[tuple[str, int], BoundProgram] = {}
         self._current: BoundProgram | None = None  # the program whose constants are in the workspace
 
-    def prepare(self, key: tuple[str, int], lower: Callable[[], Program]) -> BoundProgram:
-        """Lower, bind and capture a program; done once for each key, and kept."""
+    def prepared(self, key: tuple[str, int], *, as_one: bool) -> BoundProgram | None:
+        """Return what `prepare` would, if there is nothing left to do for it; else None."""
+        program = self._programs.get(key)
+        if program is None or (as_one and self._captures and not program.was_captured):
+            return None
+        return program
+
+    def prepare(self, key: tuple[str, int], lower: Callable[[], Program], *, as_one: bool) -> BoundProgram:
+        """Lower and bind a program, and capture it if it is to run as one; each is done once for a key, and kept."""
         if key not in self._programs:
-            bound = BoundProgram(lower(), self._engines, self._workspace)
+            self._programs[key] = BoundProgram(lower(), self._engines, self._workspace)
+        program = self._programs[key]
+        if as_one and self._captures and not program.was_captured:
             self._current = None
-            if self._captures:
-                bound.capture()
-            bound.read_results()  # once, so that no request waits for the memory that results are copied to
-            self._programs[key] = bound
-        return self._programs[key]
+            program.capture()
+        program.read_results()  # once, so that no request waits for the memory that results are copied to
+        return program
 
     def begin(self, program: BoundProgram, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Write what a request gives, and the program's constants if another program has used the memory since."""

@@ -22,6 +22,7 @@ from hemiola_runtime.program import ALIGNMENT
 
 DRIVER: Final = "libcuda.so.1"
 BINDINGS: Final = "cuda.bindings.runtime"
+NO_DEVICE: Final = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,14 @@ def obstacle() -> str | None:
         code = ctypes.CDLL(DRIVER).cuInit(0)
     except OSError:
         return f"this machine has no NVIDIA driver ({DRIVER} is not found)"
+    if code == NO_DEVICE:
+        return "the NVIDIA driver sees no GPU; CUDA_VISIBLE_DEVICES may hide it"
     if code != 0:
         return f"the NVIDIA driver does not start (cuInit gives {code}); `nvidia-smi` may tell more"
     try:
         runtime: Any = importlib.import_module(BINDINGS)
     except ImportError as error:
-        return f"cuda-bindings cannot be imported ({error}). Install it with: pip install 'hemiola[gpu]'"
+        return f"cuda-bindings cannot be imported ({error}). Install it with: pip install 'cuda-bindings>=13,<14'"
     status, _ = runtime.cudaGetDeviceCount()  # refuses a driver that is older than itself
     if int(status) != 0:
         return f"CUDA does not start: {_text(runtime, status)}; `nvidia-smi` tells the version of the driver"

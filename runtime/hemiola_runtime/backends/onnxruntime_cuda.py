@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import onnxruntime as ort
 
-from hemiola_runtime.backends import BackendOptions, Workspace, cuda
+from hemiola_runtime.backends import BackendOptions, Bound, Workspace, cuda
 from hemiola_runtime.backends.onnxruntime import (
     ONNX_TYPES,
     BoundSession,
@@ -39,7 +40,7 @@ def obstacle(built: BackendSpec) -> str | None:
     if PROVIDER not in ort.get_available_providers():
         return (
             f"the installed onnxruntime {ort.__version__} has no {PROVIDER}. Install the one that has, in its place: "
-            "pip uninstall onnxruntime && pip install 'hemiola[gpu]'"
+            "pip uninstall --yes onnxruntime onnxruntime-gpu && pip install 'hemiola[gpu]'"
         )
     return cuda.obstacle() or release_obstacle(built)
 
@@ -114,8 +115,14 @@ class OnnxRuntimeCuda:
 class SharedStreamWorkspace(cuda.CudaWorkspace):
     """A workspace whose launches are not captured."""
 
-    def capture(self, launches: Any) -> None:
-        """Return None: ONNX Runtime allocates within a run, which no captured graph can hold."""
+    def capture(self, launches: Sequence[Bound]) -> None:
+        """Run some launches; None, as ONNX Runtime allocates within a run, which no captured graph can hold.
+
+        The run lets it choose its convolutions and grow its arena, which takes seconds, ahead of the first request.
+        """
+        for launch in launches:
+            launch.enqueue()
+        self.wait()
 
 
 class CudaSession(OnnxRuntimeEngine):

@@ -128,7 +128,7 @@ def _listeners(library: ModuleType) -> tuple[Any, Any, Messages]:
 
         def report_error(self, code: Any, text: str) -> bool:
             messages.add_error(f"{text} ({code})")
-            return False  # nothing is lost: TensorRT need not end the process
+            return True  # the call that met it ends here, as with the recorder of NVIDIA's samples
 
         def num_errors(self) -> int:
             return 0  # they are told at once, none is kept
@@ -305,6 +305,8 @@ class TensorRTEngine:
             context = self._engine.create_execution_context(strategy)
         if context is None:
             raise self.fault("gives no execution context")
+        if hasattr(context, "nvtx_verbosity"):  # names of layers cost at every launch, and only profilers want them
+            context.nvtx_verbosity = self._backend.library.ProfilingVerbosity.NONE
         return context
 
     def profile_for(self, sizes: Mapping[str, int]) -> int:
