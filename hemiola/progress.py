@@ -10,9 +10,13 @@ from tqdm import tqdm
 class Bar:
     """A bar with a stage in words; a context manager."""
 
-    def __init__(self, title: str, total: int | None = None, unit: str = "it") -> None:
+    def __init__(self, title: str, total: int | None = None, unit: str | None = None) -> None:
         self._title = title
-        self._bar = tqdm(total=total, desc=title, unit=unit, disable=None, leave=True, dynamic_ncols=True)
+        # Where nothing is counted, only what is being done, and since when.
+        form = "{desc} [{elapsed}]" if unit is None else None
+        self._bar = tqdm(
+            total=total, desc=title, unit=unit or "", bar_format=form, disable=None, leave=True, dynamic_ncols=True
+        )
 
     def advance(self) -> None:
         """Count one."""
@@ -20,7 +24,7 @@ class Bar:
 
     def stage(self, text: str) -> None:
         """Say what is being done."""
-        self._bar.set_description(f"{self._title}: {text}")
+        self._bar.set_description_str(f"{self._title}: {text}")
 
     def __enter__(self) -> Bar:
         return self
@@ -28,5 +32,5 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.set_description(self._title)
+        self._bar.set_description_str(self._title)
         self._bar.close()

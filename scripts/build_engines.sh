@@ -19,6 +19,7 @@ while [ $# -gt 0 ]; do
     --random-weights) random_weights=--random-weights; shift; continue ;;
     -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
   esac
+  [ $# -ge 2 ] || { echo "$1 takes a value (--help lists them)" >&2; exit 2; }
   case $1 in
     --model) model=${2:?} ;;
     --out) out=${2:?} ;;

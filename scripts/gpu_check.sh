@@ -47,8 +47,12 @@ closing=12 # seconds that are kept for the last table
 parts='' wheels='' system_torch='' model=dit-xl-2 sizes=() minutes=9 out=''
 while [ $# -gt 0 ]; do
   case $1 in
+    --parts | --wheels | --model | --batch-size | --minutes)
+      [ $# -ge 2 ] || { echo "$1 takes a value (--help)" >&2; exit 2; } ;;
+  esac
+  case $1 in
     --parts) parts=${2:?}; shift ;;
-    --wheels) wheels=$(cd "${2:?}" && pwd) || exit 2; shift ;;
+    --wheels) wheels=$(realpath -m "${2:?}"); shift ;;
     --system-torch) system_torch=yes ;;
     --model) model=${2:?}; shift ;;
     --batch-size) sizes+=(--batch-size "${2:?}"); shift ;;
@@ -59,6 +63,8 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "--minutes takes a whole number, not $minutes" >&2; exit 2; }
+[ -z "$wheels" ] || [ -d "$wheels" ] || { echo "there is no folder $wheels" >&2; exit 2; }
 [ -n "$out" ] || { echo "name a folder for the results (--help)" >&2; exit 2; }
 known=$(awk 'NF && $1 !~ /^(setup|export.*)$/ { printf "%s%s", comma, $1; comma = "," }' <<<"$budgets")
 parts=,${parts:-$known},
@@ -204,7 +210,7 @@ if wants tests; then
   if [ -n "$has_gpu" ]; then
     part tests python -m pytest -m gpu -W default -p no:cacheprovider --durations 10 "${files[@]}"
   else
-    note tests "not here: see doctor.txt"
+    note tests "not here: this machine has no NVIDIA GPU that can be used, see doctor.txt"
   fi
 fi
 [ ${#exports[@]} -eq 0 ] || wait "${exports[@]}" # what is measured from here on is measured alone

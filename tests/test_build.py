@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given
 
 from bundles import Made
+from hemiola_engines import build
 from hemiola_engines.build import build_bundle
+from hemiola_engines.builder import EngineJob
 from hemiola_engines.errors import BuildError
 from hemiola_engines.layouts import arrange
+from hemiola_engines.onnxruntime import ONNXRUNTIME_CUDA, OnnxRuntime
 from hemiola_engines.options import BuildOptions, Layout
 from hemiola_engines.parity import BOUNDS, check_parity
 from hemiola_runtime.errors import BundleError, IntegrityError
@@ -284,3 +287,28 @@ def test_a_file_that_onnxruntime_cannot_read_is_refused(bundle: Path) -> None:
     write_manifest(replace(manifest, files=files), bundle)
     with pytest.raises(BundleError, match="refuses the engine `reuse`"):
         Sampler.open(bundle)
+
+
+def test_onnxruntime_refuses_a_decoder_in_bfloat16_which_it_has_no_kernels_for(latent: Made, tmp_path: Path) -> None:
+    graph = read_graph_set(latent.graphs).precisions["fp32"].graphs["vae_decoder"]
+    half = replace(graph, weights=tuple(replace(weight, dtype="bfloat16") for weight in graph.weights))
+    job = EngineJob(half, latent.graphs / graph.file, tmp_path / "vae_decoder.onnx", ())
+    with pytest.raises(BuildError, match=r"no bfloat16 kernels for the norms of a VAE\. Export with --precision fp16"):
+        ONNXRUNTIME_CUDA.build_engines([job], BuildOptions("onnxruntime_cuda", 1), print, rows_per_image=2)
+
+
+@pytest.mark.parametrize("changed", ["RECIPE", "pinned timing cache"])
+def test_engines_made_by_another_recipe_are_built_again(
+    latent: Made, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    options = FIVE
+    if changed == "RECIPE":
+        monkeypatch.setattr(build, "RECIPE", build.RECIPE + 1)
+    else:
+        monkeypatch.setattr(OnnxRuntime, "check", lambda *_: None)  # it has no timing cache, and would say so
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "gpu.timing").write_bytes(b"measured")
+        options = replace(FIVE, timing_cache=tmp_path / "cache", is_timing_cache_pinned=True)
+    told: list[str] = []
+    build_bundle(latent.graphs, bundle, options, progress=told.append)
+    assert not [text for text in told if "up to date" in text]

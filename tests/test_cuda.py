@@ -151,7 +151,8 @@ def load_nothing(name: str) -> Any:
     ("load", "reason"),
     [
         (load_nothing, "no NVIDIA driver (libcuda.so.1 is not found)"),
-        (lambda _: SimpleNamespace(cuInit=lambda _: 100), "the NVIDIA driver does not start (cuInit gives 100)"),
+        (lambda _: SimpleNamespace(cuInit=lambda _: 100), "the NVIDIA driver sees no GPU"),
+        (lambda _: SimpleNamespace(cuInit=lambda _: 999), "the NVIDIA driver does not start (cuInit gives 999)"),
     ],
 )
 def test_a_driver_that_is_missing_or_does_not_start_is_told_before_anything_is_imported(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,7 +155,11 @@ def test_a_bundle_that_runs_here_is_told_from_one_that_does_not(
 ) -> None:
     assert main(["doctor", str(latent.bundle)]) == 0
     assert capsys.readouterr().out == f"{latent.bundle} runs here\n"
-    manifest = read_manifest(latent.bundle)
-    write_manifest(replace(manifest, backend=replace(manifest.backend, version="99.0.0")), tmp_path)
-    assert main(["doctor", str(tmp_path)]) == 1
+    bundle = shutil.copytree(latent.bundle, tmp_path / "bundle")
+    manifest = read_manifest(bundle)
+    write_manifest(replace(manifest, backend=replace(manifest.backend, version="99.0.0")), bundle)
+    assert main(["doctor", str(bundle)]) == 1
     assert "does not run here: the bundle was built with onnxruntime 99.0.0" in capsys.readouterr().out
+    (bundle / "engines" / "reuse.onnx").unlink()
+    assert main(["doctor", str(bundle)]) == 1
+    assert "cannot read engines/reuse.onnx of the bundle" in capsys.readouterr().err

@@ -135,3 +135,10 @@ def test_free_memory_is_unknown_where_there_is_no_such_file(monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert available_host_bytes() is None
+
+
+def test_a_decoder_takes_images_and_no_guided_rows() -> None:
+    manifest = _with_engines(MANIFEST, {"conditioning": 1, "full": 3000, "vae_decoder": 5000})
+    assert plan_memory(manifest, 0, 1).activation_bytes == max(2 * 8 * 3000, 8 * 5000)
+    larger = _with_engines(MANIFEST, {"conditioning": 1, "full": 3000, "vae_decoder": 9000})
+    assert plan_memory(larger, 0, 1).activation_bytes == 8 * 9000

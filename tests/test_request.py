@@ -105,7 +105,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"labels": [1.0]}, "label 1.0 is out of range"),
     ({"labels": [None]}, "label None is out of range"),
     ({"labels": np.zeros((2, 2), dtype=np.int64)}, "is out of range"),
-    ({"labels": []}, "0 images in one request; this bundle takes 1 to 8"),
+    ({"labels": []}, "no label was given; a request draws one image for each"),
     ({"labels": [0] * 9}, "9 images in one request; this bundle takes 1 to 8. Ask in parts, or build it with --max-b"),
     ({"labels": [0] * 9}, "--max-batch-size 9"),
     ({"seeds": [1, 2]}, "2 seeds for 3 images; give one per image, or one number"),

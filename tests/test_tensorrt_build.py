@@ -214,9 +214,10 @@ def test_an_engine_runs_on_the_capabilities_that_the_target_names(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compute_capabilities": ("sm_89",)}, "'sm_89' is no compute capability; one is written as in 8.9"),
+        ({"compute_capabilities": ("sm_89",)}, "for compute capability 'sm_89', only for 8.0, 8.6, 8.9, 12.0, 12.1"),
         ({"timing_cache": Path("cache")}, "TensorRT-RTX times nothing when it builds.* Leave out --timing-cache"),
-        ({"is_timing_cache_pinned": True}, "no timing cache to pin"),
+        ({"is_timing_cache_pinned": True}, "TensorRT-RTX times nothing when it builds.*and --pin-timing-cache"),
+        ({"compute_capabilities": ("8.9", "7.5")}, "not build these graphs for compute capability '7.5', only for 8.0"),
         ({"is_version_compatible": True}, "run with the version that built them alone.*--backend tensorrt"),
         ({"optimization_level": 6}, "optimization level is 0 to 5, not 6"),
     ],
@@ -425,3 +426,8 @@ def test_the_timing_cache_has_a_file_for_each_gpu_and_version(
 def test_tensorrt_takes_no_list_of_capabilities() -> None:
     with pytest.raises(BuildError, match="builds for the GPU at hand alone"):
         TENSORRT.check(replace(OPTIONS, compute_capabilities=("8.9",)), "bf16")
+
+
+def test_a_pinned_timing_cache_needs_a_folder() -> None:
+    with pytest.raises(BuildError, match=r"no timing cache to pin\. Name its folder with --timing-cache"):
+        TENSORRT.check(replace(OPTIONS, is_timing_cache_pinned=True), "bf16")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -59,6 +60,9 @@ class Inductor:
         from hemiola_engines.inductor_compile import compute_capability
 
         self.version()
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise BuildError(f"inductor needs a C++ compiler, and {compiler} is not found. Install g++, or set CXX")
         capability = compute_capability()
         return None, () if capability is None else (capability,)
 

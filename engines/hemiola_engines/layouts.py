@@ -22,7 +22,8 @@ def arrange(graphs: Mapping[str, GraphSpec], layout: Layout) -> tuple[dict[str, 
         if FRONT not in graphs:
             raise BuildError(
                 "the segmented layout puts `full` together from the shallow blocks and the engine of `deep`, but no "
-                "schedule of this export has deep steps. Build with --layout separate, or export with such a schedule"
+                "schedule of this export has deep steps. Build with --layout separate, or export with such a schedule, "
+                "as `hemiola search --selective deep` finds"
             )
         forwards[Forward.FULL.value] = (FRONT, Forward.DEEP.value)
         unused = Forward.FULL.value

@@ -85,12 +85,11 @@ class TensorRT:
         """
         if options.optimization_level not in (None, *range(6)):
             raise BuildError(f"the optimization level is 0 to 5, not {options.optimization_level}")
-        if options.is_timing_cache_pinned and options.timing_cache is None:
-            raise BuildError("there is no timing cache to pin. Name its folder with --timing-cache")
         if self.portable_to:
-            if options.timing_cache is not None:
+            if options.timing_cache is not None or options.is_timing_cache_pinned:
                 raise BuildError(
-                    f"{self.title} times nothing when it builds, so it has no timing cache. Leave out --timing-cache"
+                    f"{self.title} times nothing when it builds, so it has no timing cache. Leave out --timing-cache "
+                    "and --pin-timing-cache"
                 )
             if options.is_version_compatible:
                 raise BuildError(
@@ -98,8 +97,13 @@ class TensorRT:
                     "Leave out --version-compatible, or build with --backend tensorrt"
                 )
             for capability in options.compute_capabilities:
-                if not re.fullmatch(r"\d+\.\d", capability):
-                    raise BuildError(f"{capability!r} is no compute capability; one is written as in 8.9")
+                if capability not in self.portable_to:
+                    raise BuildError(
+                        f"{self.title} does not build these graphs for compute capability {capability!r}, only for "
+                        f"{', '.join(self.portable_to)}"
+                    )
+        elif options.is_timing_cache_pinned and options.timing_cache is None:
+            raise BuildError("there is no timing cache to pin. Name its folder with --timing-cache")
         elif options.compute_capabilities:
             raise BuildError(
                 f"{self.title} builds for the GPU at hand alone. Leave out --compute-capability, or build with "

@@ -101,10 +101,11 @@ def _write_schedules(measured: Mapping[str, Measurement]) -> None:
 
 
 def _write_engines(launched: Mapping[str, Measurement], manifest: Manifest, against: str) -> None:
-    base = launched[against].engines
-    full_ms = sum(base[engine].median_ms for engine in manifest.forwards["full"] if engine in base)
-    slowest_first = {name: spread for row in launched.values() for name, spread in row.engines.items()}
+    # Of each engine what the first schedule that runs it took, the one that all are measured against before the others.
+    rows = [launched[against], *(row for name, row in launched.items() if name != against)]
+    engines = {name: spread for row in reversed(rows) for name, spread in row.engines.items()}
+    full_ms = sum(engines[engine].median_ms for engine in manifest.forwards["full"] if engine in engines)
     sys.stdout.write(f"\n{'engine':14}{'median ms':>11}{'of full':>9}\n")
-    for name, spread in sorted(slowest_first.items(), key=lambda item: -item[1].median_ms):
+    for name, spread in sorted(engines.items(), key=lambda item: -item[1].median_ms):
         share = f"{spread.median_ms / full_ms:9.1%}" if full_ms else f"{'–':>9}"
         sys.stdout.write(f"{name:14}{spread.median_ms:11.3f}{share}\n")

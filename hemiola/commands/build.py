@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute-capability",
         action="append",
         metavar="X.Y",
-        help="a GPU to build for, for tensorrt_rtx; may be given again; default is all that it knows",
+        help="a GPU to build for, for tensorrt_rtx; may be given again; default is all from 8.0 on that it knows",
     )
 
 
@@ -57,7 +57,14 @@ def run(options: argparse.Namespace) -> int:
     from hemiola_engines.build import build_bundle
     from hemiola_engines.options import BuildOptions
 
-    with Bar("build", unit="part") as bar:
+    up_to_date: list[str] = []
+    with Bar("build") as bar:
+
+        def progress(text: str) -> None:
+            bar.stage(text)
+            if text.endswith("up to date"):
+                up_to_date.append(text)
+
         built = build_bundle(
             options.graphs,
             options.out,
@@ -72,10 +79,11 @@ def run(options: argparse.Namespace) -> int:
                 is_version_compatible=options.version_compatible,
                 compute_capabilities=tuple(options.compute_capability or ()),
             ),
-            progress=bar.stage,
+            progress=progress,
         )
     parity = ", ".join(f"{name} {difference:.1e}" for name, difference in built.manifest.parity.items())
-    sys.stdout.write(f"wrote {options.out}\n")
+    kept = f"; {len(up_to_date)} of {len(built.manifest.engines)} engines were up to date" if up_to_date else ""
+    sys.stdout.write(f"wrote {options.out}{kept}\n")
     if built.not_compared is None:
         sys.stdout.write(f"relative L2 against PyTorch: {parity}\n")
     else:

@@ -1,6 +1,6 @@
 """Say what is installed, what works here, and the command that mends what does not.
 
-With a bundle: say whether that runs here, as the exit code does.
+With a bundle: check every byte of it, and say whether it runs here, as the exit code does.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _examine_bundle(bundle: Path) -> int:
-    from hemiola_runtime.manifest import read_manifest
+    from hemiola_runtime.bundle import open_bundle
 
-    reason = _run_obstacle(read_manifest(bundle).backend)
+    reason = _run_obstacle(open_bundle(bundle).manifest.backend)
     sys.stdout.write(f"{bundle} runs here\n" if reason is None else f"{bundle} does not run here: {reason}\n")
     return 0 if reason is None else 1
 

@@ -45,10 +45,13 @@ def _file(path: Path) -> list[str]:
     from hemiola_runtime.schedule import read_schedule
 
     try:
-        is_record = "points" in json.loads(path.read_bytes())
-    except (ValueError, TypeError):
-        is_record = False
-    if not is_record:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    keys = set(content) if isinstance(content, dict) else {"steps"}  # of what is not JSON, the reader says why
+    if not keys & {"steps", "points"}:
+        raise RequestError(f"{path} is neither a schedule nor a record of a search. Of a bundle, name the folder")
+    if "steps" in keys:
         return _schedule(read_schedule(path))
     from hemiola_search.record import read_record
 

@@ -122,7 +122,10 @@ def _read(path: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise IntegrityError(f"cannot read {name} of the bundle: {error.strerror}") from error
+        raise IntegrityError(
+            f"cannot read {name} of the bundle: {error.strerror}. Copy the bundle again, or build it again with "
+            "`hemiola build`"
+        ) from error
 
 
 def _map(path: Path, name: str) -> NDArray[Any]:
@@ -132,4 +135,7 @@ def _map(path: Path, name: str) -> NDArray[Any]:
                 return np.zeros(0, dtype=np.uint8)
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except OSError as error:
-        raise IntegrityError(f"cannot read {name} of the bundle: {error.strerror}") from error
+        raise IntegrityError(
+            f"cannot read {name} of the bundle: {error.strerror}. Copy the bundle again, or build it again with "
+            "`hemiola build`"
+        ) from error

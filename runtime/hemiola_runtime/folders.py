@@ -36,4 +36,5 @@ def read_description(kind: type[T], path: Path, mend: str) -> T:
     try:
         return parse(kind, text, path.name)
     except ValueError as error:
-        raise BundleError(f"{error}. {mend}") from error
+        other = ": another release of Hemiola wrote it. Export and build again" if ".schema:" in str(error) else ""
+        raise BundleError(f"{error}{other}. {mend}") from error

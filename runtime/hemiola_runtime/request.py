@@ -58,6 +58,8 @@ def request_from_arguments(
     """
     numbers = _label_numbers(labels, manifest.pipeline.labels)
     batch_size = len(numbers)
+    if batch_size == 0:
+        raise RequestError("no label was given; a request draws one image for each")
     if not 1 <= batch_size <= manifest.max_batch_size:
         raise RequestError(
             f"{batch_size} images in one request; this bundle takes 1 to {manifest.max_batch_size}. Ask in parts, or "
