@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from bundles import DIGITS, SELECTOR
+from gpu_bundles import install_driver, install_gpu
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
 from hemiola_engines.tensorrt import CHILD, TENSORRT, TENSORRT_RTX, Countdown, TensorRT
@@ -391,25 +392,18 @@ def test_a_library_that_is_not_installed_is_named_with_its_command(
 STAND_IN: Final = replace(TENSORRT_RTX, portable_to=())
 
 
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, *, name: bytes | None) -> None:
-    """Make the CUDA runtime tell of one GPU, or of none."""
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    properties = None if name is None else SimpleNamespace(name=name.ljust(256, b"\0"), major=9, minor=0)
-    error = runtime.cudaError_t
-    status = error.cudaErrorInsufficientDriver if name is None else error.cudaSuccess
-    monkeypatch.setattr(runtime, "cudaGetDeviceProperties", lambda device: (status, properties))
-
-
 def test_without_a_gpu_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpu(monkeypatch, name=None)
-    with pytest.raises(BuildError, match=r"there is none \(cudaErrorInsufficientDriver\).*--backend tensorrt_rtx"):
+    install_driver(monkeypatch, lambda _: SimpleNamespace(cuInit=lambda _: 100))
+    with pytest.raises(
+        BuildError, match="for the GPU at hand, but the NVIDIA driver sees no GPU.*--backend tensorrt_rtx"
+    ):
         TENSORRT.target(OPTIONS)
 
 
 def test_the_timing_cache_has_a_file_for_each_gpu_and_version(
     reuse: tuple[GraphSpec, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_gpu(monkeypatch, name=b"NVIDIA H200")
+    install_gpu(monkeypatch, gpu_name="NVIDIA H200", compute_capability=(9, 0))
     options = replace(OPTIONS, timing_cache=tmp_path / "cache")
     pinned = replace(options, is_timing_cache_pinned=True)
     assert STAND_IN.target(options) == ("NVIDIA H200", ("9.0",))

@@ -29,6 +29,7 @@ from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
 from hemiola_engines.tensorrt_child import Message, Range, Request
 from hemiola_runtime.artifacts import in_words
+from hemiola_runtime.backends import cuda
 from hemiola_runtime.codec import encode, parse
 from hemiola_runtime.graphs import GraphFormat, GraphSpec, Precision
 from hemiola_runtime.manifest import Profile
@@ -118,8 +119,8 @@ class TensorRT:
         """
         if self.portable_to:
             return None, options.compute_capabilities or self.portable_to
-        name, capability = _gpu(self.title)
-        return name, (capability,)
+        gpu = _gpu(self.title)
+        return gpu.name, (gpu.compute_capability,)
 
     def build_engines(
         self, jobs: Sequence[EngineJob], options: BuildOptions, progress: Progress, *, rows_per_image: int
@@ -293,19 +294,14 @@ def _ranges(graph: GraphSpec, profile: Profile, rows_per_image: int) -> dict[str
     return {spec.name: (shape(spec.shape, 0), shape(spec.shape, 1), shape(spec.shape, 2)) for spec in dynamic}
 
 
-def _gpu(title: str) -> tuple[str, str]:
-    """Return name and compute capability of the GPU."""
-    try:
-        from cuda.bindings import runtime  # here, since only this one needs it
-    except ImportError as error:
-        raise BuildError("cuda-bindings is not installed. Install it with: pip install 'hemiola[tensorrt]'") from error
-    status, properties = runtime.cudaGetDeviceProperties(0)
-    if status != runtime.cudaError_t.cudaSuccess:
+def _gpu(title: str) -> cuda.Gpu:
+    """Return the GPU, named as the runtime will name it."""
+    if (reason := cuda.obstacle()) is not None:
         raise BuildError(
-            f"{title} builds for the GPU at hand, but there is none ({status.name}). Build on the machine that will "
-            "run the engines, or with --backend tensorrt_rtx, which needs no GPU to build"
+            f"{title} builds for the GPU at hand, but {reason}. Build on the machine that will run the engines, or "
+            "with --backend tensorrt_rtx, which needs no GPU to build"
         )
-    return properties.name.rstrip(b"\0").decode(), f"{properties.major}.{properties.minor}"
+    return cuda.Cuda().gpu
 
 
 def _listen(stderr: IO[str], last_words: deque[str]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TextIO, TypeAlias
 
 from hemiola_runtime.artifacts import write_bytes
+from hemiola_runtime.backends.tensorrt import DTYPES
 from hemiola_runtime.codec import encode, parse
 from hemiola_runtime.graphs import TensorSpec
 
@@ -41,8 +42,6 @@ CHATTER: Final = (  # what is so by design: labels are int64, the values of `tok
     NO_DRIVER,
 )
 MISFIT: Final = "values are not self-consistent"  # TensorRT-RTX only warns of a profile that the network cannot take
-
-DTYPES: Final = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 
 # Share of a build's time that has passed when a phase begins and when it ends. Measured on blocks of DiT with
 # TensorRT-RTX 1.7, which times nothing; TensorRT times tactics first. What follows the last phase is serialization.
