@@ -395,7 +395,7 @@ STAND_IN: Final = replace(TENSORRT_RTX, portable_to=())
 def test_without_a_gpu_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     install_driver(monkeypatch, lambda _: SimpleNamespace(cuInit=lambda _: 100))
     with pytest.raises(
-        BuildError, match="for the GPU at hand, but the NVIDIA driver sees no GPU.*--backend tensorrt_rtx"
+        BuildError, match=r"for the GPU at hand, but the NVIDIA driver sees no GPU.*--backend tensorrt_rtx"
     ):
         TENSORRT.target(OPTIONS)
 
