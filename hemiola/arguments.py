@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,22 @@ def positive(text: str) -> int:
     return number
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """Read the height and width of a picture, as in 512x768."""
+    match = re.fullmatch(r"([0-9]{1,5})[x×]([0-9]{1,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"height and width in pixels, as in 512x768, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Describe the argument MODEL."""
     parser.add_argument("model", metavar="MODEL", help="diffusers folder or hub id")
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="take MODEL for a known architecture, dit-xl-2 or dit-xl-2-512, and draw its weights: for measuring speed",
+        help="take MODEL for a known architecture (dit-xl-2, dit-xl-2-512, pixart-xl-2-256, pixart-xl-2-512 or "
+        "pixart-xl-2-1024) and draw its weights: for measuring speed",
     )
 
 

@@ -25,6 +25,7 @@ EXTRA_OF: Final = {  # what to install when an import fails
     "onnxruntime": "cpu",
     "PIL": "cpu",
     "tqdm": "cpu",
+    "tokenizers": "text",
 }
 
 logger = logging.getLogger("hemiola")

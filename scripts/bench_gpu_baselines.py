@@ -19,8 +19,8 @@ from typing import Any, Final
 import diffusers
 import torch
 
-from hemiola_export.export import trajectory
 from hemiola_export.model import Model, make_scheduler
+from hemiola_export.reference_images import trajectory
 from hemiola_export.solver import measure_solver
 from hemiola_export.trajectory import Requests
 from hemiola_runtime.bench import Spread, in_turn
@@ -117,7 +117,7 @@ def _measure_forwards(
     def draw(name: str, batch_size: int) -> Laps:
         noise = torch.from_numpy(noise_from_seeds(range(batch_size), family.latent_shape)).to(device)
         labels = torch.arange(batch_size, device=device) % family.num_classes
-        requests = Requests(labels, noise, torch.full((batch_size,), GUIDANCE, device=device))
+        requests = Requests({"labels": labels}, noise, torch.full((batch_size,), GUIDANCE, device=device))
         watch, forwards = Stopwatch(device), []
         watch.mark()
         for moment in trajectories[name].walk(requests):

@@ -6,18 +6,19 @@
 #                                 [--backend NAME] [--precision P] [--layout separate|segmented] [--random-weights]
 #
 # Without arguments: the digits model, 50 steps of DDIM, 17 of them full, guidance 2, for ONNX Runtime on the CPU, into
-# out/digits. The precision is fp32 on the CPU, fp16 for onnxruntime_cuda and bf16 elsewhere. With --random-weights,
-# --model is the name of a known architecture (dit-xl-2); its schedules are ProCache's published ones, since on noise
-# nothing can be judged.
+# out/digits. --model examples/shapes draws prompts: 20 steps of DPM-Solver++, 7 of them full, guidance 3. The precision
+# is fp32 on the CPU, fp16 for onnxruntime_cuda and bf16 elsewhere. With --random-weights, --model is the name of a known
+# architecture (dit-xl-2, pixart-xl-2-512); its schedules are ProCache's published ones, since on noise nothing can be
+# judged.
 # The report needs a machine on which the engines run.
 set -euo pipefail
 
-model=examples/digits steps=50 budget=17 guidance=2 scheduler= max_batch_size=8 out=
+model=examples/digits steps= budget= guidance= scheduler= max_batch_size=8 out=
 backend=onnxruntime precision= layout=separate random_weights=
 while [ $# -gt 0 ]; do
   case $1 in
     --random-weights) random_weights=--random-weights; shift; continue ;;
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
   esac
   [ $# -ge 2 ] || { echo "$1 takes a value (--help lists them)" >&2; exit 2; }
   case $1 in
@@ -43,14 +44,18 @@ case $backend in
   inductor) extras=search,inductor format=torch; precision=${precision:-bf16} ;;
   *) echo "unknown backend: $backend" >&2; exit 2 ;;
 esac
+case $(basename "$model") in  # what the examples were trained and judged with
+  digits) guidance=${guidance:-2} ;;
+  shapes) guidance=${guidance:-3} ;;
+esac
 EXTRAS=$extras
 source "$(dirname "$0")/environment.sh"
 out=${out:-out/$(basename "$model")}
 
 search() {
   # shellcheck disable=SC2086  # an absent flag is no argument
-  hemiola search "$model" $random_weights --steps "$steps" --budget "$budget" --guidance-scale "$guidance" \
-    ${scheduler:+--scheduler "$scheduler"} "$@"
+  hemiola search "$model" $random_weights ${steps:+--steps "$steps"} ${budget:+--budget "$budget"} \
+    ${guidance:+--guidance-scale "$guidance"} ${scheduler:+--scheduler "$scheduler"} "$@"
 }
 
 schedules=()

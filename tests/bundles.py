@@ -10,6 +10,7 @@ from hemiola_engines.build import build_bundle
 from hemiola_engines.options import BuildOptions
 from hemiola_export.export import export_pipeline
 from hemiola_export.model import Model, load_model
+from hemiola_export.sizes import Sizes
 from hemiola_export.solver import scheduler_identity
 from hemiola_runtime.artifacts import MadeBy
 from hemiola_runtime.schedule import DEEP, FULL, REUSE, FoundBy, Schedule, Step, TokenSelector, tokens
@@ -37,6 +38,7 @@ def schedule_from_rhythm(
     num_tokens: int = 4,
     deep_start: int = 2,
     guidance: Literal["classifier_free", "none"] = "classifier_free",
+    selector: TokenSelector = SELECTOR,
 ) -> Schedule:
     """Make a schedule for a model from letters."""
     steps: dict[str, Step] = {"F": FULL, "D": DEEP, "S": tokens(num_tokens), "C": REUSE}
@@ -46,17 +48,19 @@ def schedule_from_rhythm(
         scheduler=scheduler_identity(scheduler, num_inference_steps or len(rhythm)),
         guidance=guidance,
         deep_start=deep_start if set(rhythm) & {"D", "S"} else None,
-        selector=SELECTOR if "S" in rhythm else None,
+        selector=selector if "S" in rhythm else None,
         steps=tuple(steps[letter] for letter in rhythm),
         found_by=FoundBy("by_hand", {}, 0, MadeBy.here()),
         measured={},
     )
 
 
-def make_bundle(folder: Path, model: Path, schedules: dict[str, Schedule], max_batch_size: int) -> Made:
+def make_bundle(
+    folder: Path, model: Path, schedules: dict[str, Schedule], max_batch_size: int, sizes: Sizes | None = None
+) -> Made:
     """Export and build."""
     graphs, bundle = folder / "graphs", folder / "bundle"
-    export_pipeline(load_model(str(model)), schedules, graphs)
+    export_pipeline(load_model(str(model)), schedules, graphs, sizes=sizes)
     build_bundle(graphs, bundle, BuildOptions("onnxruntime", max_batch_size))
     return Made(model, graphs, bundle)
 

@@ -48,15 +48,19 @@ def save_model(folder: Path, seed: int = 0, sample_size: int = 8) -> Path:
     return save_tiny_model(folder, transformer=transformer, has_vae=False)
 
 
-def make_by_commands(root: Path) -> MadeByCommands:
-    """Search, export and build."""
-    made = MadeByCommands(
-        save_model(root / "model"), root / "found" / "schedule.json", root / "graphs", root / "bundle", {}
-    )
+def make_by_commands(
+    root: Path, model: Path | None = None, *, searching: Iterable[object] = (), exporting: Iterable[object] = ()
+) -> MadeByCommands:
+    """Search, export and build, with more arguments where a model needs them; None for the model of `save_model`."""
+    model = save_model(root / "model") if model is None else model
+    made = MadeByCommands(model, root / "found" / "schedule.json", root / "graphs", root / "bundle", {})
     baseline = made.schedule.parent / "baselines" / "uniform.json"
     stages: dict[str, list[object]] = {
-        "search": [made.model, *SEARCH, "--out", made.schedule],
-        "export": [made.model, "--schedule", made.schedule, "--schedule", f"plain={baseline}", "--out", made.graphs],
+        "search": [made.model, *SEARCH, *searching, "--out", made.schedule],
+        "export": [
+            *(made.model, "--schedule", made.schedule, "--schedule", f"plain={baseline}"),
+            *(*exporting, "--out", made.graphs),
+        ],
         "build": [made.graphs, "--out", made.bundle, "--max-batch-size", 2],
     }
     for command, arguments in stages.items():

@@ -7,12 +7,13 @@ import diffusers
 import pytest
 import torch
 
-from bundles import DIGITS, RELEASED_RHYTHM, Made, make_bundle, schedule_from_rhythm
+from bundles import DIGITS, RELEASED_RHYTHM, SELECTOR, Made, make_bundle, schedule_from_rhythm
 from commands import MadeByCommands, make_by_commands
 from hemiola_engines.build import build_bundle
 from hemiola_engines.options import BuildOptions
 from hemiola_export.model import load_model
-from models import save_tiny_model, tiny_dit
+from hemiola_export.sizes import Sizes
+from models import save_tiny_model, save_tiny_text_model, tiny_dit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +66,17 @@ def unguided(tmp_path_factory: pytest.TempPathFactory) -> Made:
     solver = diffusers.EulerDiscreteScheduler.from_config(model.scheduler.config)
     schedule = schedule_from_rhythm(model, solver, "FCFS", deep_start=1, guidance="none")
     return make_bundle(folder, folder / "model", {"short": schedule}, max_batch_size=2)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A random PixArt with T5, a VAE and learned sigma, for pictures of 8 to 24 pixels in tiles of 16."""
+    folder = tmp_path_factory.mktemp("text")
+    save_tiny_text_model(folder / "model")
+    model = load_model(str(folder / "model"))
+    selector = replace(SELECTOR, score="cross_attention_entropy")
+    schedules = {"mixed": schedule_from_rhythm(model, model.scheduler, "FCSDCS", selector=selector)}
+    return make_bundle(folder, folder / "model", schedules, 3, Sizes((8, 8), (24, 24), 16))
 
 
 @pytest.fixture(scope="session")

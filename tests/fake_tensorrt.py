@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, Literal
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -28,6 +29,7 @@ from hemiola_runtime.manifest import Profile
 
 Kind = Literal["tensorrt", "tensorrt_rtx", "tensorrt_lean"]
 Dims = tuple[int | str, ...]
+Multiples = Mapping[str, Sequence[Any]]  # symbol → another, and how often it holds that
 
 MAGIC: Final = b"fakeTRT\0"
 HEADER: Final = struct.Struct("<8s16s16sBB?xII12x")  # magic, kind, version, compute capability, compatible, JSON, ONNX
@@ -92,13 +94,26 @@ def _tensors(model: onnx.ModelProto) -> dict[str, _Tensor]:
     return found
 
 
-def _symbols(known: Mapping[str, int], rows_per_image: int) -> dict[str, int]:
-    """Add what follows from the known symbols: R rows are B images, TR is T times R."""
+def _multiples(model: onnx.ModelProto, rows_per_image: int) -> Multiples:
+    """Return which symbols follow from others; how large a token is drawn, a graph that draws one tells."""
+    multiples = {"R": ("B", rows_per_image)}
+    tensors = _tensors(model)
+    if "images" in tensors and "height" in tensors["images"].dims:
+        one_token = np.zeros(_resolve(tensors["latents"].dims, {"B": 1, "rows": 1, "columns": 1}), dtype=np.float32)
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        (drawn,) = session.run(["images"], {"latents": one_token})
+        multiples |= {"height": ("rows", drawn.shape[1]), "width": ("columns", drawn.shape[2])}
+    return multiples
+
+
+def _symbols(known: Mapping[str, int], multiples: Multiples) -> dict[str, int]:
+    """Add what follows from the known symbols: multiples of others and what they are multiples of, TR is T times R."""
     symbols = dict(known)
-    if "B" in symbols:
-        symbols.setdefault("R", symbols["B"] * rows_per_image)
-    elif "R" in symbols:
-        symbols["B"] = symbols["R"] // rows_per_image
+    for symbol, (unit, factor) in multiples.items():
+        if unit in symbols:
+            symbols.setdefault(symbol, symbols[unit] * factor)
+        elif symbol in symbols:
+            symbols[unit] = symbols[symbol] // factor
     if "T" in symbols and "R" in symbols:
         symbols.setdefault("TR", symbols["T"] * symbols["R"])
     return symbols
@@ -121,7 +136,7 @@ def fake_engine_bytes(
     """Serialize a fake engine, called as the file is.
 
     Args:
-        onnx_path: its weights are copied in; its dynamic sides are called B, R, K, T or TR.
+        onnx_path: its weights are copied in; its dynamic sides are called as in a `TensorSpec`.
         profiles: in order; none for a graph without dynamic sides.
         rows_per_image: R / B.
         kind: of the library that loads it; `tensorrt` also stands for what `tensorrt_lean` loads.
@@ -131,12 +146,13 @@ def fake_engine_bytes(
     """
     model = onnx.load(onnx_path)
     sides = [{symbol: list(side) for symbol, side in profile.sides.items()} for profile in profiles] or [{}]
+    multiples = _multiples(model, rows_per_image)
     for profile in sides:
-        symbols = _symbols({symbol: side[0] for symbol, side in profile.items()}, rows_per_image)
+        symbols = _symbols({symbol: side[0] for symbol, side in profile.items()}, multiples)
         for name, tensor in _tensors(model).items():
             if -1 in _resolve(tensor.dims, symbols):
                 raise ValueError(f"{name} is {tensor.dims}, but a profile has {', '.join(profile) or 'nothing'}")
-    meta = json.dumps({"name": onnx_path.stem, "rows_per_image": rows_per_image, "profiles": sides}).encode()
+    meta = json.dumps({"name": onnx_path.stem, "multiples": multiples, "profiles": sides}).encode()
     graph: bytes = model.SerializeToString(deterministic=True)
     capability = compute_capability or (0, 0)
     header = HEADER.pack(
@@ -327,7 +343,7 @@ class Engine(_Object):
         super().__init__(runtime._library, runtime.logger, runtime.error_recorder)
         self.name: str = meta["name"]
         self._said = {"engine": self.name}
-        self._rows_per_image: int = meta["rows_per_image"]
+        self._multiples: Multiples = meta["multiples"]
         self._profiles: list[dict[str, list[int]]] = meta["profiles"]
         self._graph = graph
         self._session: ort.InferenceSession | None = None
@@ -375,7 +391,7 @@ class Engine(_Object):
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         sides = self._profiles[profile_index]
         moments = [{symbol: side[i] for symbol, side in sides.items()} for i in range(3)]
-        return [_resolve(self._tensors[name].dims, _symbols(moment, self._rows_per_image)) for moment in moments]
+        return [_resolve(self._tensors[name].dims, _symbols(moment, self._multiples)) for moment in moments]
 
     def _num_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * TYPES[self._tensors[name].onnx_type][1]
@@ -475,9 +491,9 @@ class Context(_Object):
             for side, size in zip(self.engine._tensors[name].dims, shape, strict=True):
                 if isinstance(side, str) and sizes.setdefault(side, size) != size:
                     return None
-        symbols = _symbols(sizes, self.engine._rows_per_image)
-        base = {symbol: size for symbol, size in symbols.items() if symbol in ("B", "K", "T")}
-        return symbols if symbols == symbols | _symbols(base, self.engine._rows_per_image) else None
+        symbols = _symbols(sizes, self.engine._multiples)
+        base = {symbol: size for symbol, size in symbols.items() if symbol not in (*self.engine._multiples, "TR")}
+        return symbols if symbols == symbols | _symbols(base, self.engine._multiples) else None
 
     def _insufficient(self) -> list[str]:
         missing = [name for name in self._inputs if name not in self._shapes]

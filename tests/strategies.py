@@ -13,12 +13,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.graph_set import UNCACHED
+from hemiola_runtime.graph_set import TOKENIZER_FILE, UNCACHED
 from hemiola_runtime.graphs import (
     CONDITIONING,
     FRONT,
     PRECISIONS,
     STEP_TABLE,
+    TEXT_ENCODER,
     VAE_DECODER,
     DType,
     GraphSpec,
@@ -26,8 +27,8 @@ from hemiola_runtime.graphs import (
     TensorSpec,
     WeightSpec,
 )
-from hemiola_runtime.manifest import BackendSpec, EngineSpec, FileSpec, Manifest, Profile
-from hemiola_runtime.pipeline import Pipeline
+from hemiola_runtime.manifest import PROFILE_SYMBOLS, BackendSpec, EngineSpec, FileSpec, Manifest, Profile
+from hemiola_runtime.pipeline import Pipeline, TextSpec
 from hemiola_runtime.schedule import (
     DEEP,
     FULL,
@@ -45,9 +46,13 @@ from hemiola_runtime.solver_table import SolverTable
 
 Guidance: TypeAlias = Literal["classifier_free", "none"]
 Chains: TypeAlias = dict[str, tuple[str, ...]]  # forward → the engines that make it up
+Specs: TypeAlias = tuple[TensorSpec, ...]
+Size: TypeAlias = tuple[int, int]  # (H, W) of latents
 
 VECTORS: Final = ("shift", "gain", "gate")  # of a branch of a block, in the order of the graphs' inputs
-BRANCHES: Final = ("attention", "mlp")
+BRANCHES: Final = ("attention", "mlp")  # those with a gate, and all there are where images are drawn of labels
+TEXT_BRANCHES: Final = ("attention", "cross", "mlp")
+TABLE_WIDTH: Final = 64  # where images are drawn of prompts, entries of tables are padded to multiples of it
 
 
 def examples(count: int) -> settings:
@@ -110,14 +115,14 @@ def scheduler_identities(num_evaluations: int | None = None) -> st.SearchStrateg
     )
 
 
-def selectors() -> st.SearchStrategy[TokenSelector]:
+def selectors(*, max_spatial_size: int = 4) -> st.SearchStrategy[TokenSelector]:
     weight = st.floats(0, 4)
     return st.builds(
         TokenSelector,
-        score=st.sampled_from(["attention", "value_norm", "output_norm", "random"]),
+        score=st.sampled_from(["attention", "value_norm", "output_norm", "cross_attention_entropy", "random"]),
         staleness_weight=weight,
         spatial_bonus=weight,
-        spatial_size=st.integers(1, 4),
+        spatial_size=st.integers(1, max_spatial_size),
         seed=st.integers(0, 2**32),
     )
 
@@ -172,47 +177,87 @@ def solver_tables(
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> Pipeline:
-    """Draw a small pipeline; `deep_start` and `selector` are given or not as schedules without them would have it."""
+    """Draw a small pipeline, of labels and one size or of prompts and several.
+
+    `deep_start` and `selector` are given or not as schedules without them would have it.
+    """
     num_blocks = draw(st.integers(1, 3))
     deep_start = draw(st.none() | st.integers(0, num_blocks))
+    selector = None if deep_start is None else draw(st.none() | selectors(max_spatial_size=2))
+    width = draw(st.sampled_from([1, 3, 16, 64]))
+    patch_size = draw(st.integers(1, 2))
+    text_spec = draw(st.none() | st.builds(TextSpec, num_tokens=st.integers(1, 3), width=st.just(width)))
+    unit = side_unit(patch_size, selector)
+    side = st.integers(1, 3).map(lambda count: unit * count)
+    ranges = side.map(lambda n: [n] * 3) if text_spec is None else st.lists(side, min_size=3, max_size=3).map(sorted)
+    (least_h, height, most_h), (least_w, across, most_w) = draw(ranges), draw(ranges)
     model = draw(model_identities())
-    _, height, width = model.latent_shape
+    tiles = st.integers(1, max(most_h, most_w) // patch_size).map(lambda count: patch_size * count)
+    names = [] if text_spec is not None else draw(st.lists(text(), min_size=1, max_size=3))
     return Pipeline(
-        model=model,
+        model=replace(
+            model,
+            family="dit" if text_spec is None else "pixart",
+            latent_shape=(model.latent_shape[0], height, across),
+        ),
         guidance=draw(st.sampled_from(["classifier_free", "none"])),
         num_blocks=num_blocks,
-        width=draw(st.sampled_from([1, 3, 16, 64])),
-        num_tokens=draw(st.integers(1, 6)),
-        branches=BRANCHES,
+        width=width,
+        patch_size=patch_size,
+        branches=BRANCHES if text_spec is None else TEXT_BRANCHES,
         state_rows=draw(st.integers(1, 3)),
         deep_start=deep_start,
-        selector=None if deep_start is None else draw(st.none() | selectors()),
-        labels={str(i): name for i, name in enumerate(draw(st.lists(text(), min_size=1, max_size=3)))},
-        image_shape=(height, width, draw(st.sampled_from([1, 3]))),
+        selector=selector,
+        labels={str(i): name for i, name in enumerate(names)},
+        text=text_spec,
+        min_size=(least_h, least_w),
+        max_size=(most_h, most_w),
+        pixels_per_latent=draw(st.integers(1, 2)),
+        image_channels=draw(st.sampled_from([1, 3])),
+        tile_size=draw(st.none() | tiles),
+        guidance_scale=draw(finite()),
     )
 
 
-def graph_specs(pipeline: Pipeline, *, has_decoder: bool, precision: Precision = "fp32") -> dict[str, GraphSpec]:
+def side_unit(patch_size: int, selector: TokenSelector | None) -> int:
+    """Return what divides both sides of all pictures, in latents: a patch, or a square of them."""
+    return patch_size * (selector.spatial_size if selector is not None and selector.has_squares else 1)
+
+
+def sizes_of(pipeline: Pipeline) -> st.SearchStrategy[Size]:
+    """Draw a size of the pictures that a pipeline can draw."""
+    unit = side_unit(pipeline.patch_size, pipeline.selector)
+
+    def side(least: int, most: int) -> st.SearchStrategy[int]:
+        return st.integers(least // unit, most // unit).map(lambda count: unit * count)
+
+    heights, widths = zip(pipeline.min_size, pipeline.max_size, strict=True)
+    return st.tuples(side(*heights), side(*widths))
+
+
+def graph_specs(
+    pipeline: Pipeline,
+    *,
+    has_decoder: bool,
+    precision: Precision = "fp32",
+    num_heads: int = 1,
+    reads_size: bool = False,
+) -> dict[str, GraphSpec]:
     """Describe the graphs that export would write for a pipeline: `conditioning`, its forwards, perhaps a decoder.
 
-    Written by hand from DESIGN §2, so that lowering can be tested without PyTorch; `test_forwards.py` compares it
-    with what the modules themselves declare.
+    Of a pipeline that draws prompts also the text encoder; `reads_size` is whether it is conditioned on the size of
+    pictures. Written by hand from DESIGN §2, so that lowering can be tested without PyTorch; `test_forwards.py`
+    compares it with what the modules themselves declare.
     """
-    dtype = PRECISIONS[precision]
-    conditioning: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = (
-        (TensorSpec("labels", "int64", ("B",)), TensorSpec("timesteps", "float32", ("T",))),
-        tuple(
-            TensorSpec(spec.name, spec.dtype, (STEP_TABLE, pipeline.width))
-            for spec in _vectors(pipeline, computed={(b, name) for b in _blocks(pipeline) for name in BRANCHES})
-        ),
-    )
-    declared = {CONDITIONING: conditioning}
-    declared |= {forward.value: _step_graph(pipeline, forward, dtype) for forward in forwards_of(pipeline)}
+    graphs = _Declarations(pipeline, PRECISIONS[precision], num_heads)
+    declared: dict[str, tuple[Specs, Specs]] = {CONDITIONING: graphs.conditioning(reads_size=reads_size)}
+    declared |= {forward.value: graphs.step(forward) for forward in forwards_of(pipeline)}
     if Forward.DEEP.value in declared:
-        declared[FRONT] = _front_graph(pipeline, dtype)
+        declared[FRONT] = graphs.front()
+    if pipeline.text is not None:
+        declared[TEXT_ENCODER] = graphs.text_encoder(pipeline.text)
     if has_decoder:
-        latents = TensorSpec("latents", "float32", ("B", *pipeline.model.latent_shape))
-        declared[VAE_DECODER] = ((latents,), (TensorSpec("images", "float32", ("B", *pipeline.image_shape)),))
+        declared[VAE_DECODER] = graphs.decoder()
     return {
         name: GraphSpec(name, f"{name}.onnx", "0" * 64, inputs, outputs, (), 1024)
         for name, (inputs, outputs) in declared.items()
@@ -229,82 +274,135 @@ def forwards_of(pipeline: Pipeline) -> list[Forward]:
     ]
 
 
-def _blocks(pipeline: Pipeline) -> range:
-    return range(pipeline.num_blocks)
+class _Declarations:
+    """What the graphs of a pipeline read and write, in the order in which they do."""
+
+    def __init__(self, pipeline: Pipeline, dtype: DType, num_heads: int) -> None:
+        self.pipeline = pipeline
+        self.dtype = dtype
+        self.num_heads = num_heads
+        self.every = range(pipeline.num_blocks)
+        self.shallow = range(pipeline.num_blocks if pipeline.deep_start is None else pipeline.deep_start)
+        self.deep = range(len(self.shallow), pipeline.num_blocks)
+        self.is_one_size = pipeline.min_size == pipeline.max_size
+        self.num_tokens: int | str = pipeline.num_tokens if self.is_one_size else "N"
+        patch = pipeline.patch_size**2 * pipeline.model.latent_shape[0]
+        self.state = _f32("state", (pipeline.state_rows, "B", self.num_tokens, patch))
+
+    def conditioning(self, *, reads_size: bool) -> tuple[Specs, Specs]:
+        """Labels or prompts in, with all that does not change; a table for each vector out, positions, contexts."""
+        width, text = self.pipeline.width, self.pipeline.text
+        given: Specs = (TensorSpec("labels", "int64", ("B",)),)
+        entry: tuple[str, int] = (STEP_TABLE, width)
+        if text is not None:
+            prompts = ("B", self.pipeline.rows_per_image, text.num_tokens)
+            given = (_f32("text_embeddings", (*prompts, text.width)), _f32("text_mask", prompts))
+            given += (_f32("token_places", (self.num_tokens, 2)),)
+            given += (_f32("picture_size", (2,)),) if reads_size else ()
+            entry = ("T", -(-width // TABLE_WIDTH) * TABLE_WIDTH)
+        computed = {(block, branch) for block in self.every for branch in self.pipeline.branches}
+        tables = tuple(_f32(spec.name, entry) for spec in self._vectors(self.every, computed, has_head=True))
+        return (*given, _f32("timesteps", ("T",))), (*tables, *self._positions(), *self._contexts(computed))
+
+    def front(self) -> tuple[Specs, Specs]:
+        """All vectors of the shallow blocks in; their caches out."""
+        computed = {(block, branch) for block in self.shallow for branch in self.pipeline.branches}
+        vectors = self._vectors(self.shallow, computed, has_head=False)
+        inputs = (self.state, _f32("input_scale", ()), *vectors, *self._positions(), *self._contexts(computed))
+        return inputs, _nexts(self._caches("shallow"))
+
+    def step(self, forward: Forward) -> tuple[Specs, Specs]:
+        pipeline = self.pipeline
+        rows = pipeline.state_rows
+        common = [self.state, _f32("coefficients", (rows, rows + 1)), _f32("input_scale", ())]
+        if pipeline.guidance == "classifier_free":
+            common.append(_f32("guidance", ("B",)))
+        shape = (len(self.deep), "B", self.num_tokens)
+        selection = [] if pipeline.selector is None else [_f32("scores", shape), _f32("staleness", shape)]
+        shallow, deep = self._caches("shallow"), self._caches("deep")
+        everything = {(block, branch) for block in self.every for branch in pipeline.branches}
+        computed: dict[Forward, set[tuple[int, str]]] = {
+            Forward.FULL: everything,
+            Forward.DEEP: {(block, branch) for block, branch in everything if block in self.deep},
+            Forward.TOKENS: {(b, branch) for b, branch in everything if b in self.deep and branch != "attention"},
+            Forward.REUSE: set(),
+        }
+        reads: dict[Forward, list[TensorSpec]] = {
+            Forward.FULL: [],
+            Forward.DEEP: shallow,
+            Forward.TOKENS: [TensorSpec("token_slots", "int64", ("K",)), *self._squares(), *shallow, *deep, *selection],
+            Forward.REUSE: [*shallow, *deep],
+        }
+        recomputed = [spec for spec in deep if not spec.name.startswith("attention_cache.")]
+        writes: dict[Forward, list[TensorSpec]] = {
+            Forward.FULL: [*shallow, *deep, *selection],
+            Forward.DEEP: [*deep, *selection],
+            Forward.TOKENS: [*recomputed, *selection[1:]],
+            Forward.REUSE: [],
+        }
+        vectors = self._vectors(self.every, computed[forward], has_head=True)
+        conditions = (*vectors, *self._positions(), *self._contexts(computed[forward]))
+        return (*common, *conditions, *reads[forward]), _nexts([self.state, *writes[forward]])
+
+    def text_encoder(self, text: TextSpec) -> tuple[Specs, Specs]:
+        """One prompt at a time."""
+        prompt = (1, text.num_tokens)
+        return (
+            (TensorSpec("token_ids", "int64", prompt), _f32("text_mask", prompt)),
+            (_f32("text_embeddings", (*prompt, text.width)),),
+        )
+
+    def decoder(self) -> tuple[Specs, Specs]:
+        """Latents of whole pictures or of tiles in, in patches; pictures out."""
+        pipeline, size = self.pipeline, self.pipeline.tile_of(self.pipeline.size)
+        grid: tuple[int | str, ...] = pipeline.grid_of(size) if self.is_one_size else ("rows", "columns")
+        sides: tuple[int | str, ...] = pipeline.image_shape(size)[:2] if self.is_one_size else ("height", "width")
+        patch = (pipeline.patch_size, pipeline.patch_size, pipeline.model.latent_shape[0])
+        return (_f32("latents", ("B", *grid, *patch)),), (_f32("images", ("B", *sides, pipeline.image_channels)),)
+
+    def _vectors(self, blocks: range, computed: set[tuple[int, str]], *, has_head: bool) -> list[TensorSpec]:
+        """Gates of all branches that have one, shift and gain of those that are computed, and the head's two."""
+        names = [
+            f"{branch}_{kind}.{block}"
+            for block in blocks
+            for branch in BRANCHES
+            for kind in VECTORS
+            if kind == "gate" or (block, branch) in computed
+        ]
+        rows: int | str = "R" if self.pipeline.text is None else 1
+        heads = ("head_shift", "head_gain") if has_head else ()
+        return [_f32(name, (rows, 1, self.pipeline.width)) for name in (*names, *heads)]
+
+    def _positions(self) -> Specs:
+        return () if self.pipeline.text is None else (_f32("positions", (self.num_tokens, self.pipeline.width)),)
+
+    def _contexts(self, computed: set[tuple[int, str]]) -> Specs:
+        """What cross-attention reads of the prompt, where it is computed."""
+        blocks = sorted(block for block, branch in computed if branch == "cross")
+        if self.pipeline.text is None or not blocks:
+            return ()
+        tokens = self.pipeline.text.num_tokens
+        heads = ("R", self.num_heads, tokens, self.pipeline.width // self.num_heads)
+        of_blocks = [TensorSpec(f"text_{kind}.{i}", self.dtype, heads) for i in blocks for kind in ("keys", "values")]
+        return (*of_blocks, TensorSpec("text_bias", self.dtype, ("R", 1, 1, tokens)))
+
+    def _caches(self, part: Literal["shallow", "deep"]) -> list[TensorSpec]:
+        """One for each branch of a block; but one sum for those without a gate, where none of its rows is replaced."""
+        blocks = self.shallow if part == "shallow" else self.deep
+        is_summed = part == "shallow" or self.pipeline.selector is None
+        branches = [branch for branch in self.pipeline.branches if branch in BRANCHES or not is_summed]
+        shape = ("R", self.num_tokens, self.pipeline.width)
+        specs = [TensorSpec(f"{branch}_cache.{block}", self.dtype, shape) for block in blocks for branch in branches]
+        sums = [branch for branch in self.pipeline.branches if branch not in branches and blocks]
+        return [*specs, *(_f32(f"{branch}_cache.{part}", shape) for branch in sums)]
+
+    def _squares(self) -> Specs:
+        has_squares = self.pipeline.selector is not None and self.pipeline.selector.has_squares
+        return (TensorSpec("token_squares", "int64", (self.num_tokens,)),) if has_squares else ()
 
 
-def _shallow(pipeline: Pipeline) -> range:
-    return range(pipeline.num_blocks if pipeline.deep_start is None else pipeline.deep_start)
-
-
-def _vectors(pipeline: Pipeline, computed: set[tuple[int, str]]) -> list[TensorSpec]:
-    """Gates of all branches, shift and gain of those that are computed, and the head's two."""
-    names = [
-        f"{branch}_{kind}.{block}"
-        for block in _blocks(pipeline)
-        for branch in BRANCHES
-        for kind in VECTORS
-        if kind == "gate" or (block, branch) in computed
-    ]
-    return [TensorSpec(name, "float32", ("R", 1, pipeline.width)) for name in (*names, "head_shift", "head_gain")]
-
-
-def _caches(
-    pipeline: Pipeline, dtype: DType, blocks: Iterable[int], branches: Iterable[str] = BRANCHES
-) -> list[TensorSpec]:
-    shape = ("R", pipeline.num_tokens, pipeline.width)
-    names = list(branches)
-    return [TensorSpec(f"{branch}_cache.{block}", dtype, shape) for block in blocks for branch in names]
-
-
-def _state(pipeline: Pipeline) -> TensorSpec:
-    return _f32("state", (pipeline.state_rows, "B", *pipeline.model.latent_shape))
-
-
-def _front_graph(pipeline: Pipeline, dtype: DType) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """All vectors of the shallow blocks in; their caches out."""
-    blocks = _shallow(pipeline)
-    vectors = [f"{branch}_{kind}.{block}" for block in blocks for branch in BRANCHES for kind in VECTORS]
-    inputs = [_state(pipeline), _f32("input_scale", ()), *(_f32(name, ("R", 1, pipeline.width)) for name in vectors)]
-    return tuple(inputs), _nexts(_caches(pipeline, dtype, blocks))
-
-
-def _nexts(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+def _nexts(specs: Iterable[TensorSpec]) -> Specs:
     return tuple(replace(spec, name=f"next_{spec.name}") for spec in specs)
-
-
-def _step_graph(
-    pipeline: Pipeline, forward: Forward, dtype: DType
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    every, shallow = _blocks(pipeline), _shallow(pipeline)
-    deep = range(len(shallow), pipeline.num_blocks)
-    rows = pipeline.state_rows
-    state = _state(pipeline)
-    common = [state, _f32("coefficients", (rows, rows + 1)), _f32("input_scale", ())]
-    if pipeline.guidance == "classifier_free":
-        common.append(_f32("guidance", ("B",)))
-    shape = (len(deep), "B", pipeline.num_tokens)
-    selection = [] if pipeline.selector is None else [_f32("scores", shape), _f32("staleness", shape)]
-    everything = {(block, branch) for block in every for branch in BRANCHES}
-    computed: dict[Forward, set[tuple[int, str]]] = {
-        Forward.FULL: everything,
-        Forward.DEEP: {(block, branch) for block, branch in everything if block in deep},
-        Forward.TOKENS: {(block, branch) for block, branch in everything if block in deep and branch == "mlp"},
-        Forward.REUSE: set(),
-    }
-    reads: dict[Forward, list[TensorSpec]] = {
-        Forward.FULL: [],
-        Forward.DEEP: _caches(pipeline, dtype, shallow),
-        Forward.TOKENS: [TensorSpec("token_slots", "int64", ("K",)), *_caches(pipeline, dtype, every), *selection],
-        Forward.REUSE: _caches(pipeline, dtype, every),
-    }
-    writes: dict[Forward, list[TensorSpec]] = {
-        Forward.FULL: [*_caches(pipeline, dtype, every), *selection],
-        Forward.DEEP: [*_caches(pipeline, dtype, deep), *selection],
-        Forward.TOKENS: [*_caches(pipeline, dtype, deep, ["mlp"]), *selection[1:]],
-        Forward.REUSE: [],
-    }
-    return (*common, *_vectors(pipeline, computed[forward]), *reads[forward]), _nexts([state, *writes[forward]])
 
 
 def _f32(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
@@ -337,8 +435,9 @@ def manifest_of(
     }
     schedule_files = {UNCACHED: "schedules/full.json", "fast": "schedules/fast.json"}
     paths = [*(engine.graph.file for engine in engines.values()), *schedule_files.values(), "engines/weights.bin"]
+    paths += [] if pipeline.text is None else [TOKENIZER_FILE]
     return Manifest(
-        schema=2,
+        schema=3,
         backend=BackendSpec("onnxruntime", "1.23.0"),
         pipeline=pipeline,
         precision=precision,
@@ -363,12 +462,14 @@ class Lowerable:
         schedule: made for the pipeline.
         table: of the schedule's scheduler.
         batch_size: B.
+        size: (H, W) of the latents.
     """
 
     manifest: Manifest
     schedule: Schedule
     table: SolverTable
     batch_size: int
+    size: Size
 
     @property
     def pipeline(self) -> Pipeline:
@@ -381,7 +482,7 @@ class Lowerable:
 
 @st.composite
 def lowerables(draw: st.DrawFn) -> Lowerable:
-    """Draw a bundle in any layout and precision, a schedule for it, a solver table and a batch size."""
+    """Draw a bundle in any layout and precision, a schedule for it, a solver table, a batch size and a size."""
     pipeline = draw(pipelines())
     choices = {
         Forward.FULL: st.just(FULL),
@@ -413,21 +514,22 @@ def lowerables(draw: st.DrawFn) -> Lowerable:
     ]
     table = SolverTable(1, scheduler, 1.0, tuple(0.5 + i for i in range(count)), tuple(weights), 0.0)
     manifest = draw(plain_manifests(pipeline, max_batch_size=3))
-    return Lowerable(manifest, schedule, table, draw(st.integers(1, 3)))
+    return Lowerable(manifest, schedule, table, draw(st.integers(1, 3)), draw(sizes_of(pipeline)))
 
 
 @st.composite
 def plain_manifests(draw: st.DrawFn, pipeline: Pipeline, max_batch_size: int) -> Manifest:
-    """Draw the layout and precision of a bundle, and whether it has a decoder."""
+    """Draw the layout and precision of a bundle, whether it has a decoder, and whether it is conditioned on sizes."""
     precision = draw(st.sampled_from(list(PRECISIONS)))
-    graphs = graph_specs(pipeline, has_decoder=draw(st.booleans()), precision=precision)
+    has_decoder = pipeline.tile_size is not None or draw(st.booleans())
+    graphs = graph_specs(pipeline, has_decoder=has_decoder, precision=precision, reads_size=draw(st.booleans()))
     is_segmented = "deep" in graphs and draw(st.booleans())
     return manifest_of(pipeline, graphs, is_segmented=is_segmented, precision=precision, max_batch_size=max_batch_size)
 
 
 def profiles() -> st.SearchStrategy[Profile]:
     side = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(sorted).map(tuple)
-    return st.builds(Profile, sides=st.dictionaries(st.sampled_from(["B", "K", "T"]), side))
+    return st.builds(Profile, sides=st.dictionaries(st.sampled_from(PROFILE_SYMBOLS), side))
 
 
 @st.composite

@@ -20,7 +20,14 @@ from hemiola_engines.onnxruntime import ONNXRUNTIME_CUDA, OnnxRuntime
 from hemiola_engines.options import BuildOptions, Layout
 from hemiola_engines.parity import BOUNDS, check_parity
 from hemiola_runtime.errors import BundleError, IntegrityError
-from hemiola_runtime.graph_set import REFERENCE_FILE, Graphs, GraphSet, read_graph_set, write_graph_set
+from hemiola_runtime.graph_set import (
+    REFERENCE_FILE,
+    TOKENIZER_FILE,
+    Graphs,
+    GraphSet,
+    read_graph_set,
+    write_graph_set,
+)
 from hemiola_runtime.graphs import PRECISIONS, WEIGHTS_FILE
 from hemiola_runtime.manifest import FileSpec, Manifest, read_manifest, write_manifest
 from hemiola_runtime.pipeline import Pipeline
@@ -44,8 +51,8 @@ def rebuild(latent: Made, out: Path) -> tuple[Manifest, list[str]]:
     return build_bundle(latent.graphs, out, FIVE, progress=told.append).manifest, told
 
 
-def test_engines_compute_what_pytorch_computed(latent: Made, digits: Made) -> None:
-    for made in (latent, digits):
+def test_engines_compute_what_pytorch_computed(latent: Made, digits: Made, text: Made) -> None:
+    for made in (latent, digits, text):
         parity = read_manifest(made.bundle).parity
         assert set(parity) == set(read_manifest(made.bundle).schedules)
         assert all(0 <= difference < BOUND for difference in parity.values())
@@ -78,6 +85,15 @@ def test_a_changed_graph_is_refused_and_the_old_bundle_stays(latent: Made, bundl
         build_bundle(graphs, bundle, TWO)
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "graphs"}
     assert all(path.read_bytes() == data for path, data in before.items() if path.name != "full.onnx")
+
+
+def test_the_tokenizer_of_a_model_that_draws_prompts_is_packed(text: Made, tmp_path: Path) -> None:
+    assert (text.bundle / TOKENIZER_FILE).read_bytes() == (text.graphs / TOKENIZER_FILE).read_bytes()
+    graphs = Path(shutil.copytree(text.graphs, tmp_path / "graphs"))
+    (graphs / TOKENIZER_FILE).unlink()
+    with pytest.raises(BuildError, match=r"tokenizer\.json is missing\. Export again"):
+        build_bundle(graphs, tmp_path / "bundle", TWO)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_engines_that_differ_from_pytorch_are_refused(latent: Made, tmp_path: Path) -> None:

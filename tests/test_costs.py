@@ -32,6 +32,23 @@ def test_a_step_costs_what_its_formula_says(step: Step, flops: int, rows: int) -
     assert model.step(step) == rows * flops
 
 
+# The same with cross-attention to S = 5 tokens, and modulation that all images share.
+#   of one token: MLP 16·2² = 64, queries and output 4·2² = 16, scores and mixing 4·5·2 = 40
+@pytest.mark.parametrize(
+    ("step", "flops"),
+    [
+        (FULL, 3 * (256 + 4 * (64 + 16 + 40))),
+        (DEEP, 256 + 4 * (64 + 16 + 40)),
+        (tokens(3), 3 * (64 + 16 + 40)),
+        (REUSE, 0),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_with_cross_attention_costs_what_its_formula_says(step: Step, flops: int, rows: int) -> None:
+    model = FlopsModel(2, num_tokens=4, num_blocks=3, deep_start=2, rows_per_image=rows, num_text_tokens=5)
+    assert model.step(step) == rows * flops
+
+
 def test_one_forward_of_dit_xl_2_takes_237_gflop_a_row() -> None:
     # METHODS.md §14.1. 24·256·1152² + 4·256²·1152 + 12·1152² = 8.4716 G for a block; times 28
     assert DIT_XL_2.step(FULL) / 2 == pytest.approx(237.21e9, abs=0.005e9)
@@ -67,14 +84,15 @@ def test_without_deep_blocks_deep_steps_cost_as_much_as_reuse() -> None:
     heads=st.integers(1, 8),
     num_tokens=st.integers(2, 64),
     num_blocks=st.integers(1, 8),
+    num_text_tokens=st.none() | st.integers(1, 300),
     data=st.data(),
 )
 @examples(50)
 def test_the_less_a_forward_computes_the_less_it_costs(
-    heads: int, num_tokens: int, num_blocks: int, data: st.DataObject
+    heads: int, num_tokens: int, num_blocks: int, num_text_tokens: int | None, data: st.DataObject
 ) -> None:
     deep_start = data.draw(st.integers(0, num_blocks - 1))
-    model = FlopsModel(16 * heads, num_tokens, num_blocks, deep_start, rows_per_image=2)
+    model = FlopsModel(16 * heads, num_tokens, num_blocks, deep_start, 2, num_text_tokens)
     count = data.draw(st.integers(2, num_tokens))
     costs = [model.step(step) for step in (REUSE, tokens(count - 1), tokens(count), DEEP, FULL)]
     assert costs == sorted(costs)

@@ -373,6 +373,22 @@ def test_launches_run_once_to_settle_and_then_at_every_replay(cudart: FakeCudart
     assert "graphs" not in cudart.live
 
 
+def test_released_graphs_and_timelines_are_freed_and_the_workspace_goes_on(
+    cudart: FakeCudart, workspace: CudaWorkspace
+) -> None:
+    work = Increment(cudart, workspace)
+    workspace.capture([work])
+    old = workspace.timeline(3)
+    workspace.release()
+    assert not {"events", "graph_execs"} & set(cudart.live)
+    assert workspace.timeline(3) is not old
+    graph = workspace.capture([work])
+    assert graph is not None
+    before = int(workspace.read(0, 1)[0])
+    graph.enqueue()
+    assert workspace.read(0, 1)[0] == before + 1
+
+
 def test_other_threads_may_allocate_and_wait_while_a_trajectory_is_captured(
     cudart: FakeCudart, calls: Cuda, workspace: CudaWorkspace
 ) -> None:

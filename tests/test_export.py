@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from bundles import SELECTOR, Made, rebound, schedule_from_rhythm
+from hemiola_export.conditioning import ForwardConfig
 from hemiola_export.errors import ExportError
 from hemiola_export.export import export_pipeline
-from hemiola_export.forwards import ForwardConfig, Full
+from hemiola_export.forwards import Full
 from hemiola_export.model import Model, load_model, make_scheduler, scheduler_from_identity
+from hemiola_export.sizes import Sizes
 from hemiola_runtime.errors import ScheduleError
 from hemiola_runtime.graph_set import REFERENCE_FILE, read_graph_set
 from hemiola_runtime.graphs import PRECISIONS, WEIGHTS_FILE, GraphSpec, Precision, WeightSpec
@@ -51,19 +53,37 @@ def test_the_weights_of_full_are_those_of_front_and_deep(latent: Made) -> None:
     assert sum(size for _, size in shared) <= embedding
 
 
-def test_every_graph_passes_the_checker_and_names_its_dimensions(latent: Made) -> None:
-    graphs = graphs_of(latent.graphs)
-    assert list(graphs) == ["conditioning", "full", "deep", "tokens", "reuse", "front", "vae_decoder"]
+STEPS_AND_DECODER = ["conditioning", "full", "deep", "tokens", "reuse", "front", "vae_decoder"]
+
+
+@pytest.mark.parametrize(
+    ("fixture", "names"), [("latent", STEPS_AND_DECODER), ("text", ["text_encoder", *STEPS_AND_DECODER])]
+)
+def test_every_graph_passes_the_checker_and_names_its_dimensions(
+    fixture: str, names: list[str], request: pytest.FixtureRequest
+) -> None:
+    made: Made = request.getfixturevalue(fixture)
+    graphs = graphs_of(made.graphs)
+    assert list(graphs) == names
     for name, graph in graphs.items():
         assert graph.file == f"fp32/{name}.onnx"
-        onnx.checker.check_model(latent.graphs / graph.file)
-        proto = onnx.load(latent.graphs / graph.file, load_external_data=False)
+        onnx.checker.check_model(made.graphs / graph.file)
+        proto = onnx.load(made.graphs / graph.file, load_external_data=False)
         for declared, found in ((graph.inputs, proto.graph.input), (graph.outputs, proto.graph.output)):
             shapes = {
                 value.name: tuple(side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim)
                 for value in found
             }
             assert shapes == {spec.name: spec.shape for spec in declared}, name
+
+
+def test_only_where_pictures_differ_in_size_the_number_of_tokens_is_open(latent: Made, text: Made) -> None:
+    sides = {
+        made: {side for graph in graphs_of(made.graphs).values() for spec in graph.inputs for side in spec.shape}
+        for made in (latent, text)
+    }
+    assert sides[text] & {"N", "rows", "columns"} == {"N", "rows", "columns"}
+    assert not sides[latent] & {"N", "rows", "columns"}
 
 
 def test_without_deep_steps_there_is_no_front(unguided: Made, digits: Made) -> None:
@@ -205,6 +225,20 @@ def test_an_export_is_the_same_byte_for_byte_with_whatever_it_is_exported(
 
 
 # what is refused
+
+
+def test_sizes_of_a_model_of_labels_are_refused(small: Model, tmp_path: Path) -> None:
+    schedule = schedule_from_rhythm(small, small.scheduler, "FCF")
+    with pytest.raises(ExportError, match="a model of the family dit draws pictures of one size"):
+        export_pipeline(small, {"one": schedule}, tmp_path / "graphs", sizes=Sizes(largest=(16, 16)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_by_a_prompt_are_refused_where_there_is_none(small: Model, tmp_path: Path) -> None:
+    selector = replace(SELECTOR, score="cross_attention_entropy")
+    schedule = schedule_from_rhythm(small, small.scheduler, "FCS", selector=selector)
+    with pytest.raises(ExportError, match="needs cross-attention, which dit has not"):
+        export_pipeline(small, {"entropy": schedule}, tmp_path / "graphs")
 
 
 @pytest.mark.parametrize(

@@ -7,49 +7,53 @@ import pytest
 import torch
 from torch import Tensor
 
+from forward_runs import (
+    DTYPES,
+    RELATIVE,
+    after,
+    assert_alike,
+    guided,
+    latents,
+    read_of_block,
+    relative,
+    run,
+    tokens_by_hand,
+    with_slots,
+)
+from hemiola_export.components import VaeDecoder
+from hemiola_export.conditioning import Conditioning, ForwardConfig
 from hemiola_export.errors import ExportError
 from hemiola_export.families import Family, open_transformer
 from hemiola_export.families.dit import DiT
-from hemiola_export.families.seams import GAIN, GATE, SHIFT, vector_name
-from hemiola_export.forwards import (
-    FORWARDS,
-    Conditioning,
-    Deep,
-    ForwardConfig,
-    Front,
-    Full,
-    Reuse,
-    StepForward,
-    Tokens,
-)
+from hemiola_export.forwards import FORWARDS, Deep, Front, Full, Reuse, StepForward, Tokens
 from hemiola_export.named_module import NamedModule, Tensors
-from hemiola_runtime.graphs import FRONT, PRECISIONS, Precision, TensorSpec
-from hemiola_runtime.pipeline import Pipeline
+from hemiola_export.text_encoder import TextEncoder
+from hemiola_runtime.graphs import (
+    CONDITIONING,
+    FRONT,
+    PRECISIONS,
+    TEXT_ENCODER,
+    VAE_DECODER,
+    Precision,
+    TensorSpec,
+)
+from hemiola_runtime.pipeline import Pipeline, TextSpec
 from hemiola_runtime.schedule import Forward, ModelIdentity, TokenSelector
-from models import NUM_CLASSES, NUM_TOKENS, tiny_dit
+from models import NUM_CLASSES, NUM_TOKENS, TEXT_TOKENS, tiny_dit, tiny_pixart, tiny_t5, tiny_vae
 from strategies import graph_specs
 
 BATCH: Final = 2
 NUM_BLOCKS: Final = 4
 TIMESTEPS: Final = (700.0, 650.0, 40.0)
 LABELS: Final = (3, 7)
-RELATIVE: Final = 1e-5  # of float32, where the same sums are made in another order
-DTYPES: Final = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-}
-
 SELECTOR: Final = TokenSelector("value_norm", staleness_weight=0.25, spatial_bonus=0.4, spatial_size=2, seed=0)
 SCORES: Final = ["attention", "value_norm", "output_norm", "random"]
 FAMILY: Final = open_transformer(tiny_dit())
+PIXART_TRANSFORMER: Final = tiny_pixart(reads_size=True)
+PIXART: Final = open_transformer(PIXART_TRANSFORMER, num_text_tokens=TEXT_TOKENS)
+VAE: Final = tiny_vae()
+T5: Final = tiny_t5()
 GUIDED: Final = ForwardConfig(is_guided=True, state_rows=1, deep_start=2, selector=SELECTOR)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).norm() / expected.norm())
 
 
 def step_tables(family: Family, config: ForwardConfig) -> list[Tensors]:
@@ -69,23 +73,11 @@ def given_tensors(family: Family, config: ForwardConfig, *, step: int = 0, seed:
     coefficients = torch.zeros(rows, rows + 1)
     coefficients[0, -1] = 1
     return {
-        "state": torch.randn((rows, BATCH, *family.latent_shape), generator=generator),
+        "state": torch.randn((rows, BATCH, family.num_tokens, family.patch_width), generator=generator),
         "coefficients": coefficients,
         "input_scale": torch.tensor(1.0),
         "guidance": torch.tensor([1.5, 4.0]),
     } | step_tables(family, config)[step]
-
-
-def run(module: NamedModule, tensors: Tensors) -> Tensors:
-    with torch.inference_mode():
-        written: Tensors = module({spec.name: tensors[spec.name] for spec in module.inputs})
-    return written
-
-
-def after(tensors: Tensors, written: Tensors) -> Tensors:
-    """Return the tensors with every `next_x` in the place of `x`, but for the state: the next step draws its own."""
-    new = {name.removeprefix("next_"): tensor for name, tensor in written.items()}
-    return tensors | {name: tensor for name, tensor in new.items() if name != "state"}
 
 
 def stale_tensors(family: Family, config: ForwardConfig) -> Tensors:
@@ -93,54 +85,6 @@ def stale_tensors(family: Family, config: ForwardConfig) -> Tensors:
     first = given_tensors(family, config, step=0, seed=0)
     later = given_tensors(family, config, step=2, seed=1)
     return after(first, run(Full(family, config), first)) | later
-
-
-def with_slots(tensors: Tensors, count: int) -> Tensors:
-    return tensors | {"token_slots": torch.arange(count)}
-
-
-def vectors_of(block: int, tensors: Tensors) -> Tensors:
-    names = [vector_name(branch, kind) for branch in ("attention", "mlp") for kind in (SHIFT, GAIN, GATE)]
-    return {name: tensors[f"{name}.{block}"] for name in names}
-
-
-def by_hand(family: Family, config: ForwardConfig, tensors: Tensors, chosen: Tensor | None) -> Tensors:
-    """Compute `tokens` as its definition reads: every deep MLP on every token, then the rows that were not chosen old.
-
-    Args:
-        family: the model.
-        config: of the forwards.
-        tensors: with stale caches.
-        chosen: (S, B, N) bool, which tokens of which deep block are computed; None for all.
-    """
-    assert config.deep_start is not None
-    deep = list(range(config.deep_start, NUM_BLOCKS))
-    x = family.embed(tensors["state"][0] * tensors["input_scale"])
-    x = torch.cat([x, x]) if config.is_guided else x
-    written = {}
-    for i in range(NUM_BLOCKS):
-        block, vectors = family.block(i), vectors_of(i, tensors)
-        x = x + vectors["attention_gate"] * tensors[f"attention_cache.{i}"]
-        out = tensors[f"mlp_cache.{i}"]
-        if i in deep:
-            fresh = block.branch("mlp", x, vectors)
-            if chosen is None:
-                out = fresh
-            else:
-                mask = torch.cat([chosen[deep.index(i)]] * config.rows_per_image)[..., None]  # (R, N, 1)
-                out = torch.where(mask, fresh, out)
-            written[f"next_mlp_cache.{i}"] = out
-        x = x + vectors["mlp_gate"] * out
-    output = family.head(x, tensors)
-    if config.is_guided:
-        cond, uncond = output.chunk(2)
-        output = uncond + tensors["guidance"].reshape(-1, 1, 1, 1) * (cond - uncond)
-    return written | {"next_state": output[None]}
-
-
-def assert_alike(found: Tensors, expected: Tensors) -> None:
-    worst = {name: relative(found[name], tensor) for name, tensor in expected.items()}
-    assert {name: error for name, error in worst.items() if not error < RELATIVE} == {}
 
 
 # what `full` is against diffusers
@@ -163,9 +107,9 @@ def test_full_is_the_model_of_diffusers(options: dict[str, Any], is_guided: bool
     transformer = tiny_dit(**options)
     family = open_transformer(transformer)
     tensors = given_tensors(family, ForwardConfig(is_guided, state_rows=1), step=1)
-    found = run(Full(family, ForwardConfig(is_guided, state_rows=1)), tensors)["next_state"][0]
+    found = latents(family, run(Full(family, ForwardConfig(is_guided, state_rows=1)), tensors)["next_state"][0])
     # as diffusers' DiTPipeline: conditional rows first, the null class behind the last, variances thrown away
-    sample, labels = tensors["state"][0], torch.tensor(LABELS)
+    sample, labels = latents(family, tensors["state"][0]), torch.tensor(LABELS)
     if is_guided:
         sample, labels = torch.cat([sample, sample]), torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
     timesteps = torch.full((len(sample),), TIMESTEPS[1])
@@ -188,7 +132,7 @@ def test_the_caches_are_what_diffusers_modules_give_before_their_gates() -> None
     tensors = given_tensors(FAMILY, config)
     with torch.inference_mode():
         timesteps = torch.full((BATCH,), TIMESTEPS[0])
-        transformer(tensors["state"][0], timestep=timesteps, class_labels=torch.tensor(LABELS))
+        transformer(latents(FAMILY, tensors["state"][0]), timestep=timesteps, class_labels=torch.tensor(LABELS))
     written = run(Full(FAMILY, config), tensors)
     assert set(seen) == set(written) - {"next_state"}
     assert_alike(written, seen)
@@ -207,7 +151,7 @@ def test_the_solver_update_is_the_matrix_times_state_and_model_output(forward: t
     tensors = with_slots(stale_tensors(FAMILY, config), 5)
     output = run(forward(FAMILY, config), tensors)["next_state"][0]  # `given_tensors` asks for the output itself
     matrix = torch.randn((3, 4), generator=torch.Generator().manual_seed(2))
-    expected = torch.einsum("ij,jbchw->ibchw", matrix, torch.cat([tensors["state"], output[None]]))
+    expected = torch.einsum("ij,jbnp->ibnp", matrix, torch.cat([tensors["state"], output[None]]))
     found = run(forward(FAMILY, config), tensors | {"coefficients": matrix})["next_state"]
     assert relative(found, expected) < RELATIVE
 
@@ -270,16 +214,15 @@ def test_deep_right_after_full_at_the_same_step_is_full(deep_start: int) -> None
 def test_deep_takes_shallow_blocks_from_the_cache_and_computes_the_others(deep_start: int) -> None:
     config = replace(GUIDED, deep_start=deep_start, selector=None)
     tensors = stale_tensors(FAMILY, config)
-    x = FAMILY.embed(tensors["state"][0])
+    x = FAMILY.embed(tensors["state"][0], tensors)
     x = torch.cat([x, x])
     for i in range(NUM_BLOCKS):
-        block, vectors = FAMILY.block(i), vectors_of(i, tensors)
+        block, vectors = FAMILY.block(i), read_of_block(i, tensors)
         is_deep = i >= deep_start
         out = block.attend(*block.queries_keys_values(x, vectors)) if is_deep else tensors[f"attention_cache.{i}"]
         x = x + vectors["attention_gate"] * out
         x = x + vectors["mlp_gate"] * (block.branch("mlp", x, vectors) if is_deep else tensors[f"mlp_cache.{i}"])
-    cond, uncond = FAMILY.head(x, tensors).chunk(2)
-    expected = uncond + tensors["guidance"].reshape(-1, 1, 1, 1) * (cond - uncond)
+    expected = guided(FAMILY, config, FAMILY.head(x, tensors), tensors["guidance"])
     assert relative(run(Deep(FAMILY, config), tensors)["next_state"][0], expected) < RELATIVE
 
 
@@ -310,7 +253,7 @@ def test_tokens_of_all_tokens_computes_the_deep_mlps_anew_on_cached_attention(de
     config = replace(GUIDED, is_guided=is_guided, deep_start=deep_start)
     tensors = stale_tensors(FAMILY, config)
     found = run(Tokens(FAMILY, config), with_slots(tensors, NUM_TOKENS))
-    expected = by_hand(FAMILY, config, tensors, None)
+    expected = tokens_by_hand(FAMILY, config, tensors, None)
     assert_alike(found, expected)
     assert found.keys() == expected.keys() | {"next_staleness"}
     assert not found["next_staleness"].any()
@@ -328,7 +271,7 @@ def test_tokens_computes_the_chosen_tokens_and_keeps_the_others(deep_start: int,
     least = ranks.sort(dim=-1, descending=True).values[..., count - 1 : count]
     chosen = ranks >= least
     assert (chosen.sum(dim=-1) == count).all()  # no ties
-    assert_alike(found, by_hand(FAMILY, config, tensors, chosen))
+    assert_alike(found, tokens_by_hand(FAMILY, config, tensors, chosen))
     expected = torch.where(chosen, torch.zeros(()), tensors["staleness"] + 1)
     assert torch.equal(found["next_staleness"], expected)
 
@@ -387,11 +330,6 @@ LOWERED: Final = {precision: FAMILY.lowered(DTYPES[PRECISIONS[precision]]) for p
 HALF_BOUND: Final = {"fp16": 3e-3, "bf16": 2e-2}
 
 
-def as_stored(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """Return the tensors with caches in the compute dtype."""
-    return {name: tensor.to(dtype) if "_cache." in name else tensor for name, tensor in tensors.items()}
-
-
 @pytest.mark.parametrize("forward", [Full, Front, Deep, Tokens, Reuse])
 @pytest.mark.parametrize("precision", HALF_BOUND)
 def test_a_forward_in_half_precision_computes_what_it_does_in_float32(
@@ -400,7 +338,7 @@ def test_a_forward_in_half_precision_computes_what_it_does_in_float32(
     family = LOWERED[precision]
     tensors = with_slots(stale_tensors(FAMILY, GUIDED), 5)
     expected = run(forward(FAMILY, GUIDED), tensors)
-    found = run(forward(family, GUIDED), as_stored(tensors, family.compute_dtype))
+    found = run(forward(family, GUIDED), tensors)
     assert found.keys() == expected.keys()
     worst = {name: relative(found[name].float(), tensor) for name, tensor in expected.items() if tensor.any()}
     assert {name: error for name, error in worst.items() if not error < HALF_BOUND[precision]} == {}
@@ -466,10 +404,12 @@ def test_equal_embedders_are_kept_once_and_others_apart(
     # diffusers runs the embedder of every block
     config = ForwardConfig(is_guided=False, state_rows=1)
     tensors = given_tensors(family, config)
+    sample = latents(family, tensors["state"][0])
     with torch.inference_mode():
         timesteps = torch.full((BATCH,), TIMESTEPS[0])
-        output = transformer(tensors["state"][0], timestep=timesteps, class_labels=torch.tensor(LABELS)).sample
-    assert relative(run(Full(family, config), tensors)["next_state"][0], output[:, : family.latent_shape[0]]) < RELATIVE
+        output = transformer(sample, timestep=timesteps, class_labels=torch.tensor(LABELS)).sample
+    found = latents(family, run(Full(family, config), tensors)["next_state"][0])
+    assert relative(found, output[:, : family.latent_shape[0]]) < RELATIVE
 
 
 @pytest.mark.parametrize("part", ["timestep_embedder.linear_1.bias", "class_embedder.embedding_table.weight"])
@@ -484,19 +424,16 @@ def test_embedders_that_differ_in_one_number_are_kept_apart(part: str) -> None:
 
 # what the forwards declare
 
-
-class Recording(dict[str, Tensor]):
-    """A dictionary that remembers which of its entries were read."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        super().__init__(tensors)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-
+DECLARING: Final[dict[str, Family]] = {"dit": FAMILY, "pixart": PIXART}
+FAMILIES: Final[dict[tuple[str, Precision], Family]] = {
+    ("dit", "fp32"): FAMILY,
+    ("dit", "fp16"): LOWERED["fp16"],
+    ("dit", "bf16"): LOWERED["bf16"],
+    ("pixart", "fp32"): PIXART,
+    ("pixart", "fp16"): PIXART.lowered(torch.float16),
+    ("pixart", "bf16"): PIXART.lowered(torch.bfloat16),
+}
+BY_ENTROPY: Final = replace(GUIDED, selector=replace(SELECTOR, score="cross_attention_entropy"))
 CONFIGS: Final = {
     "plain": ForwardConfig(is_guided=False, state_rows=1),
     "guided": ForwardConfig(is_guided=True, state_rows=2),
@@ -506,52 +443,87 @@ CONFIGS: Final = {
     "tokens from 3": ForwardConfig(is_guided=True, state_rows=3, deep_start=3, selector=SELECTOR),
     "by attention": replace(GUIDED, selector=replace(SELECTOR, score="attention")),
     "at random": replace(GUIDED, selector=replace(SELECTOR, score="random")),
+    "no squares": replace(GUIDED, selector=replace(SELECTOR, spatial_bonus=0.0)),
 }
-FORWARDS_OF_CONFIGS: Final = [
-    (name, forward)
-    for name, config in CONFIGS.items()
+TEXT_CONFIGS: Final = {
+    "by entropy": BY_ENTROPY,
+    "any size": replace(BY_ENTROPY, num_tokens="N"),
+    "any size, deep": replace(GUIDED, deep_start=3, selector=None, num_tokens="N"),
+}
+CASES: Final = [("dit", name, config) for name, config in CONFIGS.items()] + [
+    ("pixart", name, config) for name, config in (CONFIGS | TEXT_CONFIGS).items()
+]
+FORWARDS_OF_CASES: Final = [
+    (family, name, config, forward)
+    for family, name, config in CASES
     for forward in (Full, Front, Deep, Tokens, Reuse)
-    if (forward not in (Front, Deep) or config.deep_start is not None)
+    if (forward is not Front or config.deep_start)
+    and (forward is not Deep or config.deep_start is not None)
     and (forward is not Tokens or config.selector is not None)
 ]
-FAMILIES: Final[dict[Precision, Family]] = {"fp32": FAMILY, **LOWERED}
+SIZES: Final = {"B": BATCH, "K": 3, "T": len(TIMESTEPS), "N": NUM_TOKENS}
 
 
-@pytest.mark.parametrize("precision", FAMILIES)
+def symbols_of(config: ForwardConfig) -> dict[str, int]:
+    rows = BATCH * config.rows_per_image
+    return SIZES | {"R": rows, "TR": len(TIMESTEPS) * rows}
+
+
+def drawn_inputs(module: NamedModule, symbols: dict[str, int]) -> Tensors:
+    """Draw what a module declares that it reads: numbers that it can be differentiated by, and indices in order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(spec: TensorSpec) -> Tensor:
+        shape = spec.resolve(symbols)
+        if spec.dtype == "int64":
+            return torch.arange(shape[-1]).expand(shape).clone()
+        values = torch.randn(shape, generator=generator).to(DTYPES[spec.dtype])
+        return values.requires_grad_()
+
+    return {spec.name: drawn(spec) for spec in module.inputs}
+
+
+def read_of(given: Tensors, written: Tensors) -> set[str]:
+    """Name the inputs on which an output depends, by differentiating."""
+    outputs = [tensor.float().sum() for tensor in written.values() if tensor.requires_grad]
+    names = [name for name, tensor in given.items() if tensor.requires_grad]
+    gradients = torch.autograd.grad(torch.stack(outputs).sum(), [given[name] for name in names], allow_unused=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("name", "forward"),
-    FORWARDS_OF_CONFIGS,
-    ids=[f"{kind.__name__}, {name}" for name, kind in FORWARDS_OF_CONFIGS],
+    ("family", "config", "forward"),
+    [(family, config, forward) for family, _, config, forward in FORWARDS_OF_CASES],
+    ids=[f"{family}, {forward.__name__}, {name}" for family, name, _, forward in FORWARDS_OF_CASES],
 )
 def test_a_forward_reads_and_writes_exactly_what_it_declares(
-    name: str, forward: type[StepForward], precision: Precision
+    family: str, config: ForwardConfig, forward: type[StepForward], precision: Precision
 ) -> None:
-    config, family = CONFIGS[name], FAMILIES[precision]
-    tensors = as_stored(with_slots(stale_tensors(FAMILY, config), 3), family.compute_dtype)
-    module = forward(family, config)
-    symbols = {"B": BATCH, "R": BATCH * config.rows_per_image, "K": 3}
-    given = Recording({spec.name: tensors[spec.name] for spec in module.inputs})
-    with torch.inference_mode():
-        written = module(given)
-    read = given.read - ({"token_slots"} if forward is Tokens else set())
-    assert read == {spec.name for spec in module.inputs} - {"token_slots"}
+    module = forward(FAMILIES[family, precision], config)
+    given = drawn_inputs(module, symbols_of(config))
+    written = module(given)
+    unread: set[str] = set()
+    if forward is Tokens:  # indices and ranks decide where something is written, and nothing else
+        unread = {"token_slots", "token_squares", "scores"}
+    if forward is Front:  # what the last MLP adds to x is left to `deep`
+        unread = {f"mlp_gate.{module.deep_start - 1}"}
+    assert read_of(given, written) == {spec.name for spec in module.inputs} - unread
     assert list(given) == [spec.name for spec in module.inputs]  # no name twice
     assert written.keys() == {spec.name for spec in module.outputs}
-    _assert_shapes(module.inputs, given, symbols)
-    _assert_shapes(module.outputs, written, symbols)
+    _assert_shapes(module.outputs, written, symbols_of(config))
 
 
 @pytest.mark.parametrize("is_guided", [False, True], ids=["unguided", "guided"])
-def test_conditioning_reads_and_writes_exactly_what_it_declares(is_guided: bool) -> None:
-    module = Conditioning(FAMILY, ForwardConfig(is_guided, state_rows=1))
-    given = Recording({"labels": torch.tensor(LABELS), "timesteps": torch.tensor(TIMESTEPS)})
+@pytest.mark.parametrize("family", DECLARING)
+def test_conditioning_reads_and_writes_exactly_what_it_declares(family: str, is_guided: bool) -> None:
+    config = ForwardConfig(is_guided, state_rows=1)
+    module = Conditioning(DECLARING[family], config)
+    given = drawn_inputs(module, symbols_of(config))
     written = module(given)
-    rows = BATCH * (2 if is_guided else 1)
-    symbols = {"B": BATCH, "T": len(TIMESTEPS), "TR": len(TIMESTEPS) * rows}
-    assert given.read == {spec.name for spec in module.inputs}
-    assert list(written) == [spec.name for spec in module.outputs]
-    _assert_shapes(module.inputs, given, symbols)
-    _assert_shapes(module.outputs, written, symbols)
+    assert read_of(given, written) == {spec.name for spec in module.inputs} - {"labels"}
+    assert written.keys() == {spec.name for spec in module.outputs}
+    _assert_shapes(module.outputs, written, symbols_of(config))
 
 
 def _assert_shapes(specs: tuple[TensorSpec, ...], tensors: Tensors, symbols: dict[str, int]) -> None:
@@ -559,27 +531,46 @@ def _assert_shapes(specs: tuple[TensorSpec, ...], tensors: Tensors, symbols: dic
     assert found == {spec.name: (spec.resolve(symbols), DTYPES[spec.dtype]) for spec in specs}
 
 
-@pytest.mark.parametrize("precision", FAMILIES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_graphs_of_the_strategies_are_those_of_the_modules(name: str, precision: Precision) -> None:
-    config, family = CONFIGS[name], FAMILIES[precision]
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [(family, config) for family, _, config in CASES],
+    ids=[f"{family}, {name}" for family, name, _ in CASES],
+)
+def test_the_graphs_of_the_strategies_are_those_of_the_modules(
+    key: str, config: ForwardConfig, precision: Precision
+) -> None:
+    family, dtype = FAMILIES[key, precision], DTYPES[PRECISIONS[precision]]
+    _, *size = family.latent_shape
+    is_one_size = config.num_tokens is None
     pipeline = Pipeline(
-        model=ModelIdentity("dit", "tiny", "00" * 32, FAMILY.latent_shape),
+        model=ModelIdentity(key, "tiny", "00" * 32, family.latent_shape),
         guidance="classifier_free" if config.is_guided else "none",
         num_blocks=NUM_BLOCKS,
-        width=FAMILY.width,
-        num_tokens=FAMILY.num_tokens,
-        branches=FAMILY.branches,
+        width=family.width,
+        patch_size=family.patch_size,
+        branches=family.branches,
         state_rows=config.state_rows,
         deep_start=config.deep_start,
         selector=config.selector,
-        labels={"0": "zero"},
-        image_shape=(16, 16, 3),
+        labels={"0": "zero"} if key == "dit" else {},
+        text=None if key == "dit" else TextSpec(TEXT_TOKENS, family.width),
+        min_size=(size[0], size[1]) if is_one_size else (4, 4),
+        max_size=(size[0], size[1]),
+        pixels_per_latent=2,
+        image_channels=3,
+        tile_size=None,
     )
-    graphs = graph_specs(pipeline, has_decoder=False, precision=precision)
-    modules: dict[str, NamedModule] = {"conditioning": Conditioning(family, config)}
+    graphs = graph_specs(
+        pipeline, has_decoder=True, precision=precision, num_heads=family.num_heads, reads_size=key == "pixart"
+    )
+    modules: dict[str, NamedModule] = {CONDITIONING: Conditioning(family, config)}
     modules |= {kind.value: FORWARDS[kind](family, config) for kind in Forward if kind.value in graphs}
     modules |= {FRONT: Front(family, config)} if FRONT in graphs else {}
+    modules[VAE_DECODER] = VaeDecoder(VAE, family.patch_size, pipeline.size if is_one_size else None, dtype)
+    if key == "pixart":
+        projection = PIXART_TRANSFORMER.caption_projection
+        modules[TEXT_ENCODER] = TextEncoder(T5, projection, TEXT_TOKENS, family.width, dtype)
     assert graphs.keys() == modules.keys()
     for kind, module in modules.items():
         assert graphs[kind].inputs == module.inputs

@@ -17,6 +17,7 @@ from hemiola_runtime.graph_set import GRAPHS_FILE, Graphs, GraphSet, read_graph_
 from hemiola_runtime.graphs import PRECISIONS, GraphSpec, TensorSpec, WeightSpec
 from hemiola_runtime.manifest import (
     MANIFEST_FILE,
+    PROFILE_SYMBOLS,
     BackendSpec,
     EngineSpec,
     FileSpec,
@@ -25,7 +26,7 @@ from hemiola_runtime.manifest import (
     read_manifest,
     write_manifest,
 )
-from hemiola_runtime.pipeline import Pipeline
+from hemiola_runtime.pipeline import Pipeline, TextSpec
 from hemiola_runtime.schedule import DEEP, FULL, REUSE, Schedule, TokenSelector, read_schedule, tokens
 from strategies import examples, json_values, manifests, mutated
 
@@ -39,29 +40,56 @@ PIPELINE: Final = Pipeline(
     guidance="classifier_free",
     num_blocks=4,
     width=32,
-    num_tokens=16,
+    patch_size=2,
     branches=("attention", "mlp"),
     state_rows=1,
     deep_start=3,
     selector=SCHEDULE.selector,
     labels={"0": "zero", "1": "one"},
-    image_shape=(16, 16, 3),
+    text=None,
+    min_size=(8, 8),
+    max_size=(8, 8),
+    pixels_per_latent=2,
+    image_channels=3,
+    tile_size=None,
+    guidance_scale=3.5,
+)
+
+TEXT_PIPELINE: Final = replace(
+    PIPELINE,
+    branches=("attention", "cross", "mlp"),
+    labels={},
+    text=TextSpec(120, 32),
+    min_size=(4, 6),
+    max_size=(12, 16),
+    tile_size=10,
+    guidance_scale=4.5,
 )
 
 GRAPH: Final = GraphSpec(
     name="full",
     file="engines/full.onnx",
     sha256="ab" * 32,
-    inputs=(TensorSpec("state", "float32", (1, "B", 4, 8, 8)), TensorSpec("input_scale", "float32", ())),
-    outputs=(TensorSpec("next_state", "float32", (1, "B", 4, 8, 8)),),
+    inputs=(TensorSpec("state", "float32", (1, "B", 16, 16)), TensorSpec("input_scale", "float32", ())),
+    outputs=(TensorSpec("next_state", "float32", (1, "B", 16, 16)),),
     weights=(WeightSpec("blocks.0.weight", "float32", (32, 32), 256),),
     activation_bytes_per_row=4096,
+)
+
+DECODER: Final = GraphSpec(
+    name="vae_decoder",
+    file="fp32/vae_decoder.onnx",
+    sha256="cd" * 32,
+    inputs=(TensorSpec("latents", "float32", ("B", "rows", "columns", 2, 2, 4)),),
+    outputs=(TensorSpec("images", "float32", ("B", "height", "width", 3)),),
+    weights=(),
+    activation_bytes_per_row=8192,
 )
 
 PROFILES: Final = (Profile({"B": (1, 1, 1)}), Profile({"B": (2, 8, 8)}))
 
 MANIFEST: Final = Manifest(
-    schema=2,
+    schema=3,
     backend=BackendSpec("tensorrt", "10.13.3", "NVIDIA L4", ("8.9",)),
     pipeline=PIPELINE,
     precision="fp16",
@@ -86,11 +114,11 @@ MANIFEST: Final = Manifest(
 )
 
 GRAPH_SET: Final = GraphSet(
-    schema=2,
-    pipeline=PIPELINE,
+    schema=3,
+    pipeline=TEXT_PIPELINE,
     format="onnx",
     precisions={
-        "fp32": Graphs({"full": replace(GRAPH, file="fp32/full.onnx")}, "01" * 32),
+        "fp32": Graphs({"full": replace(GRAPH, file="fp32/full.onnx"), "vae_decoder": DECODER}, "01" * 32),
         "bf16": Graphs({"full": replace(GRAPH, file="bf16/full.onnx")}, "67" * 32),
     },
     schedules=MANIFEST.schedules,
@@ -132,21 +160,17 @@ READERS: Final = [
 ]
 
 
+@pytest.mark.parametrize("schema", [1, 2])
 @pytest.mark.parametrize(("read", "name", "mend"), READERS)
-def test_a_file_of_schema_1_is_refused_with_the_command_that_writes_it_anew(
-    read: Callable[[Path], object], name: str, mend: str
+def test_a_file_of_an_older_schema_is_refused_by_its_number_with_the_command_that_writes_it_anew(
+    read: Callable[[Path], object], name: str, mend: str, schema: int
 ) -> None:
-    assert json.loads((GOLDEN / "schema_1" / name).read_text())["schema"] == 1
+    folder = GOLDEN / f"schema_{schema}"
+    assert json.loads((folder / name).read_text())["schema"] == schema
     with pytest.raises(BundleError) as caught:
-        read(GOLDEN / "schema_1")
-    assert str(caught.value).startswith(name)
+        read(folder)
+    assert str(caught.value).startswith(f"{name}.schema: expected one of 3, found {schema}")
     assert mend in str(caught.value)
-
-
-@pytest.mark.parametrize(("read", "name", "mend"), READERS)
-def test_a_file_of_schema_1_is_refused_by_its_schema(read: Callable[[Path], object], name: str, mend: str) -> None:
-    with pytest.raises(BundleError, match=rf"{name}.*schema.* 1\b"):
-        read(GOLDEN / "schema_1")
 
 
 @pytest.mark.parametrize(("read", "name", "mend"), READERS)
@@ -160,8 +184,8 @@ def test_a_folder_without_its_description_is_refused_with_the_command_that_makes
 
 
 REFUSED: list[tuple[list[str | int], Any, str]] = [
-    (["schema"], 1, "manifest.json.schema: expected one of 2, found 1"),
-    (["schema"], 3, "manifest.json.schema: expected one of 2, found 3"),
+    (["schema"], 2, "manifest.json.schema: expected one of 3, found 2"),
+    (["schema"], 4, "manifest.json.schema: expected one of 3, found 4"),
     (["surprise"], 1, "manifest.json: unknown key 'surprise'"),
     (["pipeline", "surprise"], 1, "manifest.json.pipeline: unknown key 'surprise'"),
     (["precision"], "int8", "manifest.json.precision: expected one of 'fp32', 'fp16', 'bf16', found \"int8\""),
@@ -173,7 +197,17 @@ REFUSED: list[tuple[list[str | int], Any, str]] = [
     (["backend", "compute_capabilities", 0], 8.9, "backend.compute_capabilities[0]: expected a string, found 8.9"),
     (["pipeline", "guidance"], "some", "manifest.json.pipeline.guidance: expected one of 'classifier_free', 'none'"),
     (["pipeline", "labels", "0"], 0, "manifest.json.pipeline.labels.0: expected a string, found 0"),
-    (["pipeline", "image_shape"], [16, 16], "manifest.json.pipeline.image_shape: expected a list of 3"),
+    (["pipeline", "labels"], {"1": "one"}, "manifest.json.pipeline: labels are numbered from 0, one after the other"),
+    (["pipeline", "labels"], {}, "manifest.json.pipeline: images are drawn of labels or of prompts, one of the two"),
+    (["pipeline", "text"], {"num_tokens": 120, "width": 32}, "pipeline: images are drawn of labels or of prompts, one"),
+    (["pipeline", "text"], {"num_tokens": 120}, "manifest.json.pipeline.text: missing key 'width'"),
+    (["pipeline", "patch_size"], 2.0, "manifest.json.pipeline.patch_size: expected an integer, found 2.0"),
+    (["pipeline", "min_size"], [8], "manifest.json.pipeline.min_size: expected a list of 2"),
+    (["pipeline", "min_size"], [8, 9], "manifest.json.pipeline: the sides 9 ≤ 8 ≤ 8 of a picture are out of order"),
+    (["pipeline", "min_size"], [0, 8], "manifest.json.pipeline: the sides 0 ≤ 8 ≤ 8 of a picture are out of order"),
+    (["pipeline", "max_size"], [7, 8], "manifest.json.pipeline: the sides 8 ≤ 8 ≤ 7 of a picture are out of order"),
+    (["pipeline", "guidance_scale"], "4", 'manifest.json.pipeline.guidance_scale: expected a finite number, found "4"'),
+    (["pipeline", "tile_size"], "8", "manifest.json.pipeline.tile_size: expected an integer"),
     (["pipeline", "selector", "score"], "luck", "manifest.json.pipeline.selector.score: expected one of"),
     (["engines", "deep", "graph", "inputs", 0, "dtype"], "bf16", "engines.deep.graph.inputs[0].dtype: expected one of"),
     (["engines", "deep", "graph", "inputs", 0, "shape", 1], 1.5, "engines.deep.graph.inputs[0].shape[1]: expected"),
@@ -244,10 +278,10 @@ def test_an_invalid_graph_set_is_refused_with_the_place(
 
 
 @pytest.mark.parametrize("sides", [(1, 1, 1), (1, 1, 8), (1, 8, 8), (2, 5, 8)])
-@pytest.mark.parametrize("symbol", ["B", "K", "T"])
+@pytest.mark.parametrize("symbol", PROFILE_SYMBOLS)
 def test_a_profile_covers_from_its_smallest_to_its_largest_number(symbol: str, sides: tuple[int, int, int]) -> None:
     profile = Profile({symbol: sides})
-    others = {"B": 99, "K": 0, "T": 99}  # sides that the profile does not have may be anything
+    others = dict.fromkeys(PROFILE_SYMBOLS, 99) | {"K": 0}  # sides that the profile does not have may be anything
     covered = [number for number in range(12) if profile.covers(others | {symbol: number})]
     assert covered == list(range(sides[0], sides[2] + 1))
 
@@ -267,6 +301,8 @@ def test_a_profile_covers_sizes_only_if_it_covers_each_of_them() -> None:
         ("T", (1, 4, 3), "T = 1 ≤ 4 ≤ 3 is no side"),
         ("R", (1, 1, 2), "R = 1 ≤ 1 ≤ 2 is no side"),
         ("TR", (1, 1, 2), "TR = 1 ≤ 1 ≤ 2 is no side"),
+        ("N", (4, 2, 4), "N = 4 ≤ 2 ≤ 4 is no side"),
+        ("height", (1, 1, 2), "height = 1 ≤ 1 ≤ 2 is no side"),  # which follows from the rows
     ],
 )
 def test_a_profile_with_bounds_that_are_none_is_refused(symbol: str, sides: tuple[int, int, int], message: str) -> None:
@@ -358,12 +394,67 @@ def test_a_mutated_manifest_is_read_as_it_is_or_refused_as_a_bundle_error(
 
 
 def test_a_shape_is_resolved_by_the_symbols_of_the_pipeline() -> None:
-    symbols = PIPELINE.symbols(batch_size=3, num_evaluations=5, num_selected=4)
-    # two rows per guided image: R = 2 · 3, and a table of T · R = 5 · 6 rows
-    assert symbols == {"B": 3, "R": 6, "K": 4, "T": 5, "TR": 30}
-    spec = TensorSpec("x", "float32", ("B", "R", "K", "T", "TR", 7))
-    assert spec.resolve(symbols) == (3, 6, 4, 5, 30, 7)
-    assert spec.num_bytes(symbols) == 4 * 3 * 6 * 4 * 5 * 30 * 7
+    symbols = PIPELINE.symbols(batch_size=3, num_evaluations=5)
+    # two rows per guided image: R = 2 · 3, and a table of T · R = 5 · 6 rows; 8 × 8 latents in patches of 2 × 2
+    of_picture = {"N": 16, "rows": 4, "columns": 4, "height": 16, "width": 16}
+    assert symbols == {"B": 3, "R": 6, "K": 0, "T": 5, "TR": 30} | of_picture
+    spec = TensorSpec("x", "float32", ("B", "R", "N", "T", "TR", 7))
+    assert spec.resolve(symbols) == (3, 6, 16, 5, 30, 7)
+    assert spec.num_bytes(symbols) == 4 * 3 * 6 * 16 * 5 * 30 * 7
+
+
+def test_a_shape_follows_the_size_of_the_picture() -> None:
+    symbols = TEXT_PIPELINE.symbols(1, 5, (4, 16))
+    # 2 × 8 patches; 2 pixels for each latent
+    assert [symbols[name] for name in ("N", "rows", "columns", "height", "width")] == [16, 2, 8, 8, 32]
+    assert TensorSpec("x", "float32", ("rows", "columns", "height", "width")).resolve(symbols) == (2, 8, 8, 32)
+    assert TEXT_PIPELINE.symbols(1, 5) == TEXT_PIPELINE.symbols(1, 5, (8, 8))
+
+
+@pytest.mark.parametrize("side", ["n", "W", "Rows", -1])
+def test_a_side_that_is_no_symbol_is_refused(side: str | int) -> None:
+    with pytest.raises(ValueError, match=f"{side!r} is no side of a shape; symbols are B, R, K, T, TR, N, rows, col"):
+        TensorSpec("x", "float32", (side,))
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "num_tokens", "shape"),
+    [((8, 8), (4, 4), 16, (16, 16, 3)), ((4, 6), (2, 3), 6, (8, 12, 3)), ((12, 16), (6, 8), 48, (24, 32, 3))],
+)
+def test_a_picture_has_as_many_tokens_as_patches_and_pixels_for_each_latent(
+    size: tuple[int, int], grid: tuple[int, int], num_tokens: int, shape: tuple[int, int, int]
+) -> None:
+    assert TEXT_PIPELINE.grid_of(size) == grid
+    assert TEXT_PIPELINE.tokens_of(size) == num_tokens
+    assert TEXT_PIPELINE.image_shape(size) == shape
+
+
+def test_the_default_size_is_that_of_the_model() -> None:
+    wide = replace(TEXT_PIPELINE, model=replace(TEXT_PIPELINE.model, latent_shape=(4, 6, 16)))
+    assert (wide.size, wide.num_tokens) == ((6, 16), 24)
+
+
+@pytest.mark.parametrize(
+    ("size", "is_tiled", "tile"),
+    [
+        ((8, 8), False, (8, 8)),
+        ((10, 10), False, (10, 10)),
+        ((12, 10), True, (10, 10)),
+        ((4, 12), True, (4, 10)),
+        ((12, 16), True, (10, 10)),
+    ],
+)
+def test_pictures_with_a_side_larger_than_a_tile_are_cut(
+    size: tuple[int, int], is_tiled: bool, tile: tuple[int, int]
+) -> None:
+    assert TEXT_PIPELINE.is_tiled(size) is is_tiled
+    assert TEXT_PIPELINE.tile_of(size) == tile
+
+
+def test_without_tiles_pictures_of_any_size_are_decoded_whole() -> None:
+    untiled = replace(TEXT_PIPELINE, tile_size=None)
+    assert not untiled.is_tiled((12, 16))
+    assert untiled.tile_of((12, 16)) == (12, 16)
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [("classifier_free", 2), ("none", 1)])
@@ -497,8 +588,8 @@ def test_a_model_may_go_by_another_name() -> None:
 def test_all_tokens_of_an_image_can_be_recomputed() -> None:
     steps = (FULL, REUSE, tokens(16), FULL, REUSE, DEEP, FULL, FULL)
     PIPELINE.check_schedule(replace(SCHEDULE, steps=steps), ALL_FORWARDS)
-    with pytest.raises(ScheduleError, match="an image has 15"):
-        replace(PIPELINE, num_tokens=15).check_schedule(replace(SCHEDULE, steps=steps), ALL_FORWARDS)
+    with pytest.raises(ScheduleError, match="step 2 recomputes 16 tokens, but an image has 4"):
+        replace(PIPELINE, patch_size=4).check_schedule(replace(SCHEDULE, steps=steps), ALL_FORWARDS)
 
 
 @pytest.mark.parametrize(

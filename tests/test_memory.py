@@ -24,6 +24,18 @@ def test_a_plan_is_written_as_people_read_it() -> None:
     assert str(PLAN) == "110.0 kB = 100.0 kB weights + 4 × (2.0 kB caches and states + 500 B activations)"
 
 
+def test_the_workspaces_of_components_count_once_for_all_requests() -> None:
+    plan = replace(PLAN, components_bytes=30_000)
+    assert plan.total_bytes == PLAN.total_bytes + 30_000
+    assert str(plan) == (
+        "140.0 kB = 100.0 kB weights + 30.0 kB text and tiles + 4 × (2.0 kB caches and states + 500 B activations)"
+    )
+    plan.check_workspaces(40_000)
+    with pytest.raises(CapacityError, match=r"40\.0 kB are free"):
+        plan.check_workspaces(39_999)
+    assert plan_memory(MANIFEST, 11, 3, [10_000, 20_000]).components_bytes == 30_000
+
+
 def test_a_plan_that_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(CapacityError) as caught:
         PLAN.check(109_999)
@@ -142,3 +154,9 @@ def test_a_decoder_takes_images_and_no_guided_rows() -> None:
     assert plan_memory(manifest, 0, 1).activation_bytes == max(2 * 8 * 3000, 8 * 5000)
     larger = _with_engines(MANIFEST, {"conditioning": 1, "full": 3000, "vae_decoder": 9000})
     assert plan_memory(larger, 0, 1).activation_bytes == 8 * 9000
+
+
+@pytest.mark.parametrize(("of_encoder", "activation_bytes"), [(40_000, 2 * 8 * 3000), (50_000, 50_000)])
+def test_a_text_encoder_takes_one_prompt_at_a_time(of_encoder: int, activation_bytes: int) -> None:
+    manifest = _with_engines(MANIFEST, {"conditioning": 1, "full": 3000, "text_encoder": of_encoder})
+    assert plan_memory(manifest, 0, 1).activation_bytes == activation_bytes

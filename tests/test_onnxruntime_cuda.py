@@ -112,6 +112,11 @@ def bundle(latent: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return onnxruntime_cuda_bundle(latent.graphs, tmp_path_factory.mktemp("onnxruntime_cuda") / "bundle")
 
 
+@pytest.fixture(scope="module")
+def text_bundle(text: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return onnxruntime_cuda_bundle(text.graphs, tmp_path_factory.mktemp("onnxruntime_cuda_text") / "bundle")
+
+
 def assert_equal(found: Result, expected: Result) -> None:
     np.testing.assert_array_equal(found.latents, expected.latents)
     np.testing.assert_array_equal(found.images, expected.images)
@@ -123,6 +128,18 @@ def test_images_are_those_of_the_cpu(latent: Made, bundle: Path, cudart: FakeCud
             expected, found = (sampler.generate(**REQUEST, schedule=schedule) for sampler in (cpu, gpu))
             assert_close(found, expected)
             assert found.report.counts == expected.report.counts
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (16, 16), (8, 24), (24, 24)])
+def test_pictures_of_prompts_are_those_of_the_cpu(
+    text: Made, text_bundle: Path, cudart: FakeCudart, height: int, width: int
+) -> None:
+    request: dict[str, Any] = {"prompts": ["a red circle", "a square"], "seeds": 3, "height": height, "width": width}
+    with Sampler.open(text.bundle) as cpu, Sampler.open(text_bundle) as gpu:
+        for schedule in cpu.schedules:
+            expected, found = (sampler.generate(**request, schedule=schedule) for sampler in (cpu, gpu))
+            assert_close(found, expected)
+            assert (found.report.counts, found.report.text) == (expected.report.counts, expected.report.text)
 
 
 def test_a_trajectory_is_never_captured_and_nothing_waits_within_it(bundle: Path, cudart: FakeCudart) -> None:

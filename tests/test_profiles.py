@@ -10,21 +10,27 @@ from hypothesis import strategies as st
 
 from hemiola_engines.profiles import MAX_TOKEN_BUCKETS, profiles_of, token_buckets
 from hemiola_runtime.graphs import GraphSpec, TensorSpec
-from hemiola_runtime.manifest import Profile
+from hemiola_runtime.manifest import Profile, read_manifest
+from hemiola_runtime.pipeline import TextSpec
 from hemiola_runtime.program import lower
 from hemiola_runtime.schedule import FULL, REUSE, Schedule, read_schedule, tokens
-from strategies import Lowerable, examples, lowerables, schedules
+from strategies import Lowerable, Size, examples, lowerables, schedules, sizes_of
 
-SCHEDULE: Final = read_schedule(Path(__file__).parent / "golden" / "schedule.json")
-B: Final = TensorSpec("state", "float32", (1, "B", 4, 8, 8))
+GOLDEN: Final = Path(__file__).parent / "golden"
+SCHEDULE: Final = read_schedule(GOLDEN / "schedule.json")
+ONE_SIZE: Final = read_manifest(GOLDEN).pipeline  # 8 × 8 latents in 16 patches
+SIZES: Final = replace(ONE_SIZE, labels={}, text=TextSpec(5, 32), min_size=(4, 4), max_size=(12, 16), tile_size=10)
+B: Final = TensorSpec("state", "float32", (1, "B", 16, 16))
 R: Final = TensorSpec("mlp_cache.0", "float32", ("R", 16, 32))
 K: Final = TensorSpec("token_slots", "int64", ("K",))
 T: Final = TensorSpec("timesteps", "float32", ("T",))
 FIXED: Final = TensorSpec("input_scale", "float32", ())
+N: Final = TensorSpec("positions", "float32", ("N", 32))
+GRID: Final = TensorSpec("latents", "float32", ("B", "rows", "columns", 2, 2, 4))
 
 
-def graph_of(*inputs: TensorSpec) -> GraphSpec:
-    return GraphSpec("graph", "graph.onnx", "0" * 64, inputs, (TensorSpec("x", "float32", ("B", "K")),), (), 0)
+def graph_of(*inputs: TensorSpec, name: str = "graph") -> GraphSpec:
+    return GraphSpec(name, "graph.onnx", "0" * 64, inputs, (TensorSpec("x", "float32", ("B", "K")),), (), 0)
 
 
 def schedule_of(num_steps: int, *counts: int) -> Schedule:
@@ -94,7 +100,41 @@ def test_an_engine_has_a_profile_for_each_way_in_which_it_is_asked(
     sides: list[dict[str, tuple[int, int, int]]],
 ) -> None:
     asked = [schedule_of(6, 4, 4), schedule_of(9, 12, 4)]
-    assert profiles_of(graph_of(*inputs), asked, max_batch_size) == tuple(map(Profile, sides))
+    assert profiles_of(graph_of(*inputs), ONE_SIZE, asked, max_batch_size) == tuple(map(Profile, sides))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "sides"),
+    [
+        ("full", (N,), {"N": (4, 16, 48)}),  # 2 · 2, 4 · 4 and 6 · 8 patches
+        ("tokens", (N, K), {"N": (4, 16, 48), "K": (1, 12, 36)}),  # of 4 and 12: a quarter to three times as many
+        ("tokens", (K,), {"K": (1, 12, 36)}),
+        ("other", (GRID,), {"B": ALONE, "rows": (2, 4, 6), "columns": (2, 4, 8)}),
+        ("vae_decoder", (GRID,), {"B": ALONE, "rows": (2, 4, 5), "columns": (2, 4, 5)}),  # of tiles at most
+    ],
+)
+def test_where_pictures_differ_in_size_a_profile_takes_all_and_is_tuned_for_the_default(
+    name: str, inputs: tuple[TensorSpec, ...], sides: dict[str, tuple[int, int, int]]
+) -> None:
+    asked = [schedule_of(6, 4, 4), schedule_of(9, 12, 4)]
+    assert profiles_of(graph_of(*inputs, name=name), SIZES, asked, 1) == (Profile(sides),)
+
+
+def test_sizes_multiply_no_profiles() -> None:
+    profiles = profiles_of(graph_of(B, N, K), SIZES, [schedule_of(6, 4, 12)], 8)
+    of_size = {"K": (1, 12, 36), "N": (4, 16, 48)}
+    assert profiles == (Profile({"B": ALONE, **of_size}), Profile({"B": (2, 8, 8), **of_size}))
+
+
+@examples(60)
+@given(schedule=schedules(), size=sizes_of(SIZES))
+def test_every_size_of_every_schedule_is_covered(schedule: Schedule, size: Size) -> None:
+    steps = [step for step in schedule.steps if step.tokens is not None]
+    (profile,) = profiles_of(graph_of(N, GRID, *([K] if steps else [])), SIZES, [schedule], 1)
+    rows, columns = SIZES.grid_of(size)
+    of_size = {"B": 1, "N": rows * columns, "rows": rows, "columns": columns}
+    asked = [of_size | {"K": SIZES.selected_tokens(step, size)} for step in steps or [FULL]]
+    assert [sizes for sizes in asked if not profile.covers(sizes)] == []
 
 
 @examples(40)
@@ -102,7 +142,7 @@ def test_an_engine_has_a_profile_for_each_way_in_which_it_is_asked(
 def test_whatever_the_schedules_ask_for_is_covered(asked: list[Schedule], max_batch_size: int) -> None:
     counts = {step.tokens for schedule in asked for step in schedule.steps if step.tokens is not None} or {0}
     graph = graph_of(B, R, T, *([K] if counts != {0} else []))
-    profiles = profiles_of(graph, asked, max_batch_size)
+    profiles = profiles_of(graph, ONE_SIZE, asked, max_batch_size)
     sizes = [
         {"B": images, "K": count, "T": len(schedule.steps)}
         for schedule in asked
@@ -119,14 +159,14 @@ def test_a_schedule_of_the_export_lowers_for_every_batch_size_of_its_bundle(part
     asked = [parts.schedule, parts.schedule.uncached()]
     largest = parts.manifest.max_batch_size
     engines = {
-        name: replace(engine, profiles=profiles_of(engine.graph, asked, largest))
+        name: replace(engine, profiles=profiles_of(engine.graph, parts.pipeline, asked, largest))
         for name, engine in parts.manifest.engines.items()
         if "K" not in {side for spec in engine.graph.inputs for side in spec.shape} or name in _used(parts)
     }
     tuned = replace(parts.manifest, engines={**parts.manifest.engines, **engines})
     for batch_size in range(1, largest + 1):
-        program = lower(tuned, parts.schedule, parts.table, batch_size)
-        assert program == lower(parts.manifest, parts.schedule, parts.table, batch_size)
+        program = lower(tuned, parts.schedule, parts.table, batch_size, parts.size)
+        assert program == lower(parts.manifest, parts.schedule, parts.table, batch_size, parts.size)
 
 
 def _used(parts: Lowerable) -> set[str]:

@@ -35,16 +35,20 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def test_the_runtime_draws_images_with_numpy_and_one_backend_only(latent: Made) -> None:
+@pytest.mark.parametrize(("fixture", "subjects"), [("latent", "labels=[1]"), ("text", "prompts=['a red circle']")])
+def test_the_runtime_draws_images_with_numpy_and_one_backend_only(
+    fixture: str, subjects: str, request: pytest.FixtureRequest
+) -> None:
+    made: Made = request.getfixturevalue(fixture)
     code = (
         BLOCKED
-        + """
+        + f"""
 from hemiola import Sampler
 with Sampler.open(sys.argv[1]) as sampler:
-    print(sampler.generate(labels=[1], seeds=[2]).images.shape)
+    print(sampler.generate({subjects}, seeds=[2]).images.shape)
 """
     )
-    assert python(code, str(latent.bundle)).strip() == "(1, 16, 16, 3)"
+    assert python(code, str(made.bundle)).strip() == "(1, 16, 16, 3)"
 
 
 def test_importing_hemiola_imports_nothing_heavy() -> None:

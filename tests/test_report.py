@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import pytest
 
 from hemiola_runtime.errors import EngagementError
-from hemiola_runtime.report import RunReport, report_of
+from hemiola_runtime.report import RunReport, TextReport, report_of
 from hemiola_runtime.schedule import Schedule, read_schedule
 from hemiola_runtime.slot import Ran
 
@@ -58,6 +59,7 @@ def test_the_report_says_what_ran_and_how_long_it_took() -> None:
         trajectory_ms=82.5,  # 77.5 in engines, and 10 halves
         wall_ms=100.0,
         graph_bytes=None,
+        text=None,
     )
     assert report.overhead == pytest.approx(0.225)  # 77.5 of 100 ms were spent in engines
 
@@ -68,6 +70,17 @@ def test_a_captured_trajectory_is_timed_as_a_whole() -> None:
     assert (report.rhythm, report.counts["full"], report.graph_bytes) == ("FCSFCDFF", 4, 4096)
     assert (report.engine_ms, report.trajectory_ms) == ({}, 80.0)
     assert report.overhead == pytest.approx(0.2)
+
+
+def test_the_report_says_what_became_of_the_prompts() -> None:
+    text = TextReport(num_kept=3, num_encoded=1, truncated={"a very long story": 130})
+    report = report_of("fast", SCHEDULE, SEPARATE, 2, ran_of(LAUNCHES), 100.0, text)
+    assert report == replace(report_on(LAUNCHES), batch_size=2, text=text)
+    assert json.loads(json.dumps(asdict(report)))["text"] == {  # as `hemiola run --report` writes it
+        "num_kept": 3,
+        "num_encoded": 1,
+        "truncated": {"a very long story": 130},
+    }
 
 
 def test_a_report_without_wall_time_has_no_overhead() -> None:

@@ -116,10 +116,25 @@ def given() -> ReportInput:
     }
     files = [*schedules.values(), *(engine.graph.file for engine in engines.values())]
     manifest = Manifest(
-        schema=2,
+        schema=3,
         backend=BackendSpec("onnxruntime", "1.23.0"),
         pipeline=Pipeline(
-            MODEL, "classifier_free", 2, 32, 16, ("attention", "mlp"), 1, 1, SELECTOR, {"0": "zero"}, (8, 8, 1)
+            model=MODEL,
+            guidance="classifier_free",
+            num_blocks=2,
+            width=32,
+            patch_size=2,
+            branches=("attention", "mlp"),
+            state_rows=1,
+            deep_start=1,
+            selector=SELECTOR,
+            labels={"0": "zero"},
+            text=None,
+            min_size=(8, 8),
+            max_size=(8, 8),
+            pixels_per_latent=1,
+            image_channels=1,
+            tile_size=None,
         ),
         precision="fp32",
         max_batch_size=4,

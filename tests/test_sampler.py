@@ -175,9 +175,9 @@ def _count_lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by a batch size with each program that is lowered from now on."""
     sizes: list[int] = []
 
-    def count(manifest: Any, schedule: Any, table: Any, batch_size: int) -> Any:
+    def count(manifest: Any, schedule: Any, table: Any, batch_size: int, size: Any) -> Any:
         sizes.append(batch_size)
-        return lower(manifest, schedule, table, batch_size)
+        return lower(manifest, schedule, table, batch_size, size)
 
     monkeypatch.setattr("hemiola_runtime.sampler.lower", count)
     return sizes
@@ -256,11 +256,10 @@ def test_latents_that_overflow_are_told_with_the_first_tensor_that_did(sampler: 
 def test_images_that_overflow_behind_finite_latents_are_told(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = BoundProgram.read_results
 
-    def spoilt(self: BoundProgram) -> tuple[np.ndarray, np.ndarray | None]:
-        latents, images = whole(self)
-        assert images is not None
-        images[..., 0] = np.inf
-        return latents, images
+    def spoilt(self: BoundProgram) -> dict[str, np.ndarray]:
+        results = whole(self)
+        results["images"][..., 0] = np.inf
+        return results
 
     monkeypatch.setattr(BoundProgram, "read_results", spoilt)
     with pytest.raises(NumericError, match=r"the images of seeds \[4\] hold NaN or infinity"):
@@ -285,7 +284,7 @@ def test_the_step_at_which_numbers_overflowed_is_told(latent: Made, tmp_path: Pa
             list(opened.stream(labels=[0], seeds=[17]))
         else:
             opened.generate(labels=[0], seeds=[17])
-    assert "the final latents of seeds [17] hold NaN or infinity under the schedule mixed" in str(caught.value)
+    assert "the latents of seeds [17] hold NaN or infinity under the schedule mixed" in str(caught.value)
     assert f"The first to hold any was the tensor next_state of `{forward}` at step {step}" in str(caught.value)
 
 

@@ -288,6 +288,21 @@ def test_the_uncached_schedule_is_full_at_every_step_of_the_same_sampler(schedul
     assert uncached.found_by.strategy == "full"
 
 
+@pytest.mark.parametrize(
+    ("bonus", "size", "has_squares"), [(0.6, 2, True), (0.6, 1, False), (0.0, 2, False), (0.01, 3, True)]
+)
+def test_a_selector_has_squares_if_they_are_larger_than_a_token_and_raise_one(
+    bonus: float, size: int, has_squares: bool
+) -> None:
+    assert replace(SELECTOR, spatial_bonus=bonus, spatial_size=size).has_squares is has_squares
+
+
+def test_a_schedule_that_ranks_by_cross_attention_reads_back_equal(tmp_path: Path) -> None:
+    schedule = replace(schedule_of("FSC"), selector=replace(SELECTOR, score="cross_attention_entropy"))
+    write_schedule(schedule, tmp_path / "schedule.json")
+    assert read_schedule(tmp_path / "schedule.json") == schedule
+
+
 IDENTITY: Final = SchedulerIdentity("DDIMScheduler", {"beta_end": 0.02, "clip_sample": False}, 3, (9.0, 5.0, 1.0))
 
 

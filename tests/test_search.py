@@ -16,15 +16,16 @@ from hemiola_export.model import Model, load_model
 from hemiola_runtime.codec import write_json
 from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.schedule import Forward, TokenSelector, read_schedule, write_schedule
-from hemiola_search import evaluator
+from hemiola_search import tasks
 from hemiola_search.errors import SearchError
-from hemiola_search.evaluator import Evaluator, draw_requests
+from hemiola_search.evaluator import Evaluator
 from hemiola_search.judge import Judge
 from hemiola_search.problem import Candidate, Problem, SearchOptions
 from hemiola_search.record import Point, SearchRecord, read_record
 from hemiola_search.rhythms import Constraints, monotone_rhythms
-from hemiola_search.search import Found, find_schedule, problem_for
-from models import save_tiny_model, tiny_dit
+from hemiola_search.search import HELD_OUT_SEED, Found, find_schedule, problem_for, unmeasured_schedule
+from hemiola_search.tasks import Subjects, draw_task
+from models import TEXT_TOKENS, save_tiny_model, save_tiny_text_model, tiny_dit, tiny_pixart
 
 NUM_STEPS = 6
 OPTIONS = SearchOptions(
@@ -155,7 +156,7 @@ def test_held_out_images_are_none_of_those_that_were_searched_on(model: Model, m
         drawn.append(list(seeds))
         return noise_from_seeds(seeds, shape)
 
-    monkeypatch.setattr(evaluator, "noise_from_seeds", recorded)
+    monkeypatch.setattr(tasks, "noise_from_seeds", recorded)
     find_schedule(model, _problem(model), "uniform", None)
     searched, held_out = drawn
     assert searched == [5, 6]
@@ -163,16 +164,9 @@ def test_held_out_images_are_none_of_those_that_were_searched_on(model: Model, m
     assert not set(searched) & set(held_out)
 
 
-def test_requests_go_through_all_classes_in_turn(model: Model) -> None:
-    requests = draw_requests(_problem(model), model.family.num_classes, first_seed=3, count=12)
-    assert requests.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert requests.guidance.tolist() == [3.0] * 12
-    np.testing.assert_array_equal(requests.noise[4].numpy(), noise_from_seeds([7], (1, 8, 8))[0])
-
-
 def test_computing_everything_at_every_step_has_no_error(model: Model) -> None:
     problem = _problem(model)
-    scorer = Evaluator(model, problem, draw_requests(problem, 10, 0, 2), None, lambda: None)
+    scorer = Evaluator(model, problem, draw_task(model, problem, Subjects(), 0, 2), None, lambda: None)
     uncached = scorer.score_uncached()
     assert uncached.quality["relative_l2"] == 0.0
     again = scorer.score(Candidate("by_hand", "again", NUM_STEPS, uncached.candidate.steps))
@@ -257,6 +251,75 @@ def test_a_baseline_that_the_sampler_cannot_do_is_left_out(model: Model) -> None
     given = find_schedule(model, _problem(model, scheduler, budget=3, v_max=6), "uniform", None)
     assert len(given.schedule.steps) == 15
     assert "fewer_steps" not in given.baselines
+
+
+# models that draw prompts
+
+SUBJECTS = Subjects(("a red circle", "a blue square", "a green triangle"))
+
+
+@pytest.fixture(scope="module")
+def of_prompts(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A random PixArt of pixels: 2 blocks, images of 8 × 8."""
+    transformer = tiny_pixart(0, num_blocks=2, channels=3, has_learned_sigma=False)
+    folder = tmp_path_factory.mktemp("search") / "model"
+    return load_model(str(save_tiny_text_model(folder, transformer=transformer, has_vae=False)))
+
+
+def test_a_search_on_prompts_records_those_of_its_held_out_images(of_prompts: Model, tmp_path: Path) -> None:
+    chosen_by = replace(OPTIONS.selector, score="cross_attention_entropy")
+    problem = _problem(of_prompts, selector=chosen_by)
+    found = find_schedule(of_prompts, problem, "procache", None, subjects=SUBJECTS)
+    held_out = draw_task(of_prompts, problem, SUBJECTS, OPTIONS.seed + HELD_OUT_SEED, OPTIONS.num_held_out)
+    assert found.record.prompts == held_out.prompts
+    assert set(held_out.prompts) == set(SUBJECTS.prompts)
+    assert found.schedule.selector == chosen_by
+    assert found.schedule.model == of_prompts.identity
+    write_json(found.record, tmp_path / "search.json")
+    assert read_record(tmp_path / "search.json") == found.record
+    assert _points(found.record, "held_out")[0].quality["relative_l2"] == 0.0
+
+
+def test_a_search_on_labels_records_no_prompts(found: Found) -> None:
+    assert found.record.prompts == ()
+
+
+@pytest.mark.parametrize(
+    ("answers", "agreement"),
+    [
+        ({"a red circle": 0, "a blue square": 1, "a green triangle": 2}, 1 / 3),  # `FakeJudge` reads 0 off all
+        ({"a red circle": 0, "a blue square": 1}, None),  # one of the three has no answer
+        ({}, None),
+    ],
+)
+def test_a_judge_agrees_only_where_the_answers_are_known(
+    of_prompts: Model, answers: dict[str, int], agreement: float | None
+) -> None:
+    subjects = Subjects(SUBJECTS.prompts, answers)
+    record = find_schedule(of_prompts, _problem(of_prompts), "uniform", FakeJudge(), subjects=subjects).record
+    for point in _points(record, "held_out"):
+        assert point.quality.get("agreement") == (None if agreement is None else pytest.approx(agreement))
+
+
+def test_without_prompts_nothing_is_searched(of_prompts: Model) -> None:
+    with pytest.raises(SearchError, match="the model draws prompts; name a file"):
+        find_schedule(of_prompts, _problem(of_prompts), "procache", None)
+
+
+def test_the_costs_of_a_model_of_prompts_count_cross_attention(of_prompts: Model) -> None:
+    flops = _problem(of_prompts).flops
+    assert flops.num_text_tokens == TEXT_TOKENS
+    # 2 blocks, D = 48, N = 16, S = 8: 2·(28·16·48² + 4·16²·48 + 4·16·8·48) = 2 211 840 for one row, and two rows
+    schedule = find_schedule(of_prompts, _problem(of_prompts), "fewer_steps", None, subjects=SUBJECTS).schedule
+    assert schedule.measured["tera_flops_per_image"] == pytest.approx(2 * 2 * 2211840 / 1e12)
+
+
+def test_a_published_schedule_needs_no_prompts(of_prompts: Model) -> None:
+    problem = problem_for(of_prompts, of_prompts.scheduler, 20, replace(OPTIONS, budget=7, v_min=1, v_max=2), "none")
+    schedule = unmeasured_schedule(of_prompts, problem)
+    # METHODS §2.8, PixArt-α: 7 full, 7 reuse, 6 selective steps in segments 3 × 6, 2
+    assert schedule.rhythm == "FCS" * 6 + "FC"
+    assert schedule.scheduler.label == "DPMSolverMultistep-20"
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hemiola_runtime import slot
 from hemiola_runtime.backends import Bound, Workspace
 from hemiola_runtime.program import Constant, Launch, Placed, Program
 from hemiola_runtime.slot import BoundProgram, Ran, Slot
 
-SIZES: Final = {"B": 1, "K": 0, "T": 2}
+SIZES: Final = {"B": 1, "K": 0, "T": 2, "N": 1, "rows": 1, "columns": 1}
+PICTURES: Final = (8, 8)  # (H, W) of the latents
 LABELS: Final = Placed(512, (1,), "int64")
 STATE: Final = Placed(768, (2,), "float32")
 NEXT: Final = Placed(1024, (2,), "bfloat16")
@@ -32,7 +34,8 @@ def program_of(scale: float) -> Program:
         read, written = (STATE, NEXT) if step == 0 else (NEXT, STATE)
         launches.append(Launch("scale", step, SIZES, {"input_scale": place, "state": read, "next_state": written}))
     constants = tuple(Constant(place, (scale + step,)) for step, place in enumerate(scales))
-    return Program(tuple(launches), constants, {"labels": LABELS, "state": STATE}, STATE, None, 1024, 1280)
+    inputs = {"labels": LABELS, "state": STATE}
+    return Program(tuple(launches), constants, inputs, {"latents": STATE, "images": LABELS}, 1024, 1280)
 
 
 @dataclass
@@ -78,6 +81,7 @@ class FakeWorkspace:
         self.timelines: list[FakeTimeline] = []
         self.num_captures = 0
         self.num_waits = 0
+        self.num_releases = 0
         self.is_closed = False
         self.can_capture = can_capture
 
@@ -108,6 +112,9 @@ class FakeWorkspace:
     def wait(self) -> None:
         self.num_waits += 1
         self.on_their_way.clear()
+
+    def release(self) -> None:
+        self.num_releases += 1
 
     def close(self) -> None:
         self.is_closed = True
@@ -171,8 +178,8 @@ class Bench:
         writes, self.workspace.writes = self.workspace.writes, []
         return writes
 
-    def prepare(self, name: str, scale: float, batch_size: int = 1) -> BoundProgram:
-        return self.slot.prepare((name, batch_size), lambda: program_of(scale), as_one=True)
+    def prepare(self, name: str, scale: float, batch_size: int = 1, size: tuple[int, int] = PICTURES) -> BoundProgram:
+        return self.slot.prepare((name, batch_size, size), lambda: program_of(scale), as_one=True)
 
 
 def bench(*, captures: bool = False, can_capture: bool = False) -> Bench:
@@ -184,14 +191,16 @@ CONSTANTS: Final = (0, 260)  # two scalars, 256 bytes apart
 STAGED: Final = (512, 264)  # one label, padded to 256 bytes, and a state of two numbers
 
 
-def test_a_program_is_lowered_and_bound_once_for_each_schedule_and_batch_size() -> None:
+def test_a_program_is_lowered_and_bound_once_for_each_schedule_batch_size_and_size_of_pictures() -> None:
     on = bench()
     first = on.prepare("fast", 2.0)
-    assert on.slot.prepare(("fast", 1), lambda: pytest.fail("lowered again"), as_one=True) is first
+    assert on.slot.prepare(("fast", 1, PICTURES), lambda: pytest.fail("lowered again"), as_one=True) is first
     assert on.engine.bound == ["conditioning", "scale", "scale"]
     assert on.prepare("full", 2.0) is not first
     assert on.prepare("fast", 2.0, batch_size=2) is not first
-    assert len(on.engine.bound) == 9
+    assert on.prepare("fast", 2.0, size=(8, 16)) is not on.prepare("fast", 2.0, size=(16, 8))
+    assert len(on.engine.bound) == 15
+    assert on.prepare("fast", 2.0) is first
 
 
 def test_inputs_are_written_in_one_copy_and_constants_in_another() -> None:
@@ -258,6 +267,26 @@ def test_a_trajectory_computes_the_same_whether_it_is_captured_or_not(captures: 
     assert on.workspace.num_captures == (1 if captures else 0)
 
 
+def test_results_are_read_by_name() -> None:
+    on = bench()
+    program = on.prepare("fast", 2.0)
+    on.slot.begin(program, INPUTS)
+    program.run()
+    assert {name: array.tolist() for name, array in program.read_results().items()} == {
+        "latents": [3.0, -12.0],
+        "images": [3],
+    }
+
+
+def test_a_program_without_constants_writes_its_inputs_alone() -> None:
+    on = bench()
+    program = on.slot.prepare(
+        ("bare", 1, PICTURES), lambda: replace(program_of(2.0), launches=(), constants=()), as_one=False
+    )
+    on.slot.begin(program, INPUTS)
+    assert on.new_writes == [STAGED]
+
+
 def test_what_ran_is_told_launch_by_launch() -> None:
     on = bench()
     program = on.prepare("fast", 2.0)
@@ -317,6 +346,23 @@ def test_steps_that_were_abandoned_count_for_nothing_later() -> None:
     assert program.ran().engines == ("conditioning", "scale", "scale")
 
 
+def test_a_slot_that_is_full_of_programs_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "MAX_PROGRAMS", 2)
+    on = bench(captures=True, can_capture=True)
+    sizes = [(8, 8), (8, 16), (16, 16)]
+    programs = [on.prepare("fast", 1.0, size=size) for size in sizes[:2]]
+    assert on.prepare("fast", 1.0, size=sizes[0]) is programs[0]
+    assert on.workspace.num_releases == 0
+    on.prepare("fast", 3.0, size=sizes[2])
+    assert on.workspace.num_releases == 1
+    assert [on.slot.prepared(("fast", 1, size), as_one=True) is None for size in sizes] == [True, True, False]
+    again = on.prepare("fast", 1.0, size=sizes[0])
+    assert again is not programs[0]
+    on.slot.begin(again, INPUTS)
+    again.run()
+    assert again.read(STATE).tolist() == [1.0, -4.0], "its constants were written again: times 1, then times 2"
+
+
 @pytest.mark.parametrize(
     ("scale", "state", "culprit"),
     [
@@ -356,7 +402,7 @@ def test_a_closed_slot_has_closed_its_workspace() -> None:
 
 def test_a_program_is_captured_only_for_a_request_that_runs_as_one() -> None:
     on = bench(captures=True, can_capture=True)
-    key = ("fast", 1)
+    key = ("fast", 1, PICTURES)
     streamed = on.slot.prepare(key, lambda: program_of(2.0), as_one=False)
     assert on.slot.prepared(key, as_one=False) is streamed
     assert on.slot.prepared(key, as_one=True) is None

@@ -105,6 +105,12 @@ def test_neighbours_are_packed_into_one_piece_in_the_order_of_their_places() -> 
     assert packed[16:].view(np.float32).tolist() == [0.5, 2.0]
 
 
+def test_nothing_is_packed_into_no_bytes() -> None:
+    start, packed = pack([])
+    assert start == 0
+    assert packed.tolist() == []
+
+
 def test_gaps_between_neighbours_are_packed_as_zeros() -> None:
     start, packed = pack([(Placed(0, (1,), "float32"), [1.0]), (Placed(256, (1,), "bfloat16"), [-2.0])])
     assert (start, len(packed)) == (0, 258)

@@ -25,8 +25,9 @@ from hemiola_runtime.backends import BackendOptions, open_backend, tensorrt
 from hemiola_runtime.bundle import open_bundle
 from hemiola_runtime.errors import BundleError, CancelledError, CapacityError, DeviceError, HemiolaError, NumericError
 from hemiola_runtime.graphs import ITEMSIZE
+from hemiola_runtime.patches import to_patches
 from hemiola_runtime.program import Program, lower
-from hemiola_runtime.request import request_from_arguments
+from hemiola_runtime.request import Asked, request_from_arguments
 from hemiola_runtime.results import Result
 from hemiola_runtime.sampler import Sampler
 from hemiola_runtime.storage import from_bytes, pack
@@ -39,6 +40,12 @@ NUM_ENGINES: Final = 6  # of `latent`, in either layout
 
 REQUEST: Final[dict[str, Any]] = {"labels": [3, 4], "seeds": [5, 9], "guidance_scale": [2.0, 3.5]}
 OTHER: Final[dict[str, Any]] = {"labels": [7, 1], "seeds": [20, 3], "guidance_scale": [5.0, 1.5]}
+PROMPTS: Final[dict[str, Any]] = {
+    "prompts": ["a red circle", "a green square left of it"],
+    "negative_prompts": ["", "blue"],
+    "seeds": [5, 9],
+}
+SIZES: Final = [(8, 8), (16, 16), (8, 24), (24, 24)]  # of pictures; those with a side of 24 are decoded in tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,17 @@ def expected(latent: Made) -> Result:
     """What ONNX Runtime draws."""
     with Sampler.open(latent.bundle) as sampler:
         return sampler.generate(**REQUEST)
+
+
+@pytest.fixture(scope="module")
+def text_bundles(text: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
+    folder = tmp_path_factory.mktemp("tensorrt_text")
+    return {layout: tensorrt_bundle(text.graphs, folder / layout, layout=layout) for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def text_bundle(text_bundles: Mapping[Layout, Path]) -> Path:
+    return text_bundles["separate"]
 
 
 @pytest.fixture
@@ -168,8 +186,9 @@ def test_the_backend_alone_runs_a_program_launch_by_launch(bundle: Path, gpu: Gp
     opened, program = open_bundle(bundle), program_of(bundle, "mixed", 2)
     table = opened.solver_table(opened.schedule("mixed"))
     manifest = opened.manifest
-    request = request_from_arguments(manifest, REQUEST["labels"], REQUEST["seeds"], REQUEST["guidance_scale"], None)
-    inputs = request.tensors(table.init_noise_sigma, manifest.pipeline.state_rows)
+    asked = Asked(**REQUEST, prompts=None, negative_prompts=None, latents=None, height=None, width=None)
+    request = request_from_arguments(manifest, asked)
+    inputs = request.tensors(manifest.pipeline, table.init_noise_sigma, {"labels": np.array(REQUEST["labels"])})
     constants = [(constant.place, np.reshape(constant.values, constant.place.shape)) for constant in program.constants]
 
     backend = open_backend(manifest.backend, BackendOptions(opened.weights, opened.folder, None, "hemiola build"))
@@ -179,14 +198,127 @@ def test_the_backend_alone_runs_a_program_launch_by_launch(bundle: Path, gpu: Gp
     workspace.write(*pack((*constants, *((place, inputs[name]) for name, place in program.inputs.items()))))
     for launch in launches:
         launch.enqueue()
-    latents = from_bytes(workspace.read(program.latents.offset, program.latents.num_bytes), program.latents)
+    place = program.results["latents"]
+    patches = from_bytes(workspace.read(place.offset, place.num_bytes), place)
     workspace.close()
     for engine in engines.values():
         engine.close()
     backend.close()
 
     with Sampler.open(bundle) as sampler:
-        np.testing.assert_array_equal(latents, sampler.generate(**REQUEST).latents)
+        expected = sampler.generate(**REQUEST).latents
+    np.testing.assert_array_equal(patches, to_patches(expected, manifest.pipeline.patch_size))
+
+
+# prompts and sizes
+
+
+def drawn_at_all_sizes(sampler: Sampler) -> list[Result]:
+    """Draw every size under every schedule, all of them twice: the second time nothing is new."""
+    return [
+        sampler.generate(**PROMPTS, height=height, width=width, schedule=schedule)
+        for height, width in SIZES * 2
+        for schedule in sampler.schedules
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected_at_all_sizes(text: Made) -> list[Result]:
+    """What ONNX Runtime draws."""
+    with Sampler.open(text.bundle) as sampler:
+        return drawn_at_all_sizes(sampler)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_prompts_are_drawn_at_all_sizes_as_onnx_runtime_draws_them(
+    text_bundles: Mapping[Layout, Path],
+    gpu: Gpu,
+    expected_at_all_sizes: list[Result],
+    layout: Layout,
+    cuda_graphs: bool,
+) -> None:
+    with Sampler.open(text_bundles[layout], cuda_graphs=cuda_graphs) as sampler:
+        found = drawn_at_all_sizes(sampler)
+    for one, other in zip(found, expected_at_all_sizes, strict=True):
+        assert_close(one, other)
+        assert (one.report.rhythm, one.report.text) == (other.report.rhythm, other.report.text)
+        assert (one.report.graph_bytes is not None) is cuda_graphs
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_captured_launched_and_streamed_pictures_of_prompts_are_equal(
+    text_bundle: Path, gpu: Gpu, height: int, width: int
+) -> None:
+    request = PROMPTS | {"height": height, "width": width}
+    with Sampler.open(text_bundle) as captured, Sampler.open(text_bundle, cuda_graphs=False) as launched:
+        first = captured.generate(**request)
+        for found in (launched.generate(**request), streamed(captured, **request), streamed(launched, **request)):
+            assert_equal(found, first)
+
+
+def test_eight_threads_on_two_slots_draw_the_prompts_that_one_draws(text_bundle: Path, gpu: Gpu) -> None:
+    requests: list[dict[str, Any]] = [
+        {"prompts": ["a red circle", f"{'a ' * i}square"], "seeds": i, "height": height, "width": width}
+        for i, (height, width) in enumerate(SIZES * 2)
+    ]
+    with Sampler.open(text_bundle) as sampler:
+        alone = [sampler.generate(**request) for request in requests]
+    with Sampler.open(text_bundle, max_concurrency=2) as sampler, ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda request: sampler.generate(**request), requests))
+    for found, one in zip(together, alone, strict=True):
+        assert_equal(found, one)
+
+
+def test_each_size_is_captured_once_and_engines_that_run_by_themselves_never(text_bundle: Path, gpu: Gpu) -> None:
+    captured = []
+    with Sampler.open(text_bundle) as sampler:
+        for height, width in [*SIZES, *SIZES]:
+            mark = gpu.cudart.mark()
+            sampler.generate(**PROMPTS, height=height, width=width)
+            captured.append(gpu.cudart.names(mark).count("cudaStreamBeginCapture"))
+    assert captured == [1, 1, 1, 1, 0, 0, 0, 0]
+    ran = Counter((call["engine"], call["is_captured"]) for call in executed(gpu.cudart))
+    assert ran["text_encoder", False] == 4  # two prompts, the empty one and `blue`
+    assert ran["vae_decoder", True] == 2  # two of the sizes end with it
+    # Of two images: two tiles at 8 × 24 pixels, four at 24 × 24; each size was drawn twice. Warm-ups are two more.
+    assert ran["vae_decoder", False] == 2 * 2 * (2 + 4) + 2
+    assert ran["text_encoder", True] == 0
+
+
+def test_a_prompt_that_was_kept_is_no_launch(text_bundle: Path, gpu: Gpu) -> None:
+    with Sampler.open(text_bundle, cuda_graphs=False) as sampler:
+        sampler.generate(**PROMPTS)
+        mark = gpu.cudart.mark()
+        sampler.generate(**PROMPTS)
+    assert [call["engine"] for call in executed(gpu.cudart, mark)] == [
+        "conditioning",
+        *("full", "reuse", "tokens", "deep", "reuse", "tokens"),
+        "vae_decoder",
+    ]
+
+
+@pytest.mark.parametrize("engine", ["text_encoder", "vae_decoder"])
+def test_an_engine_that_runs_by_itself_and_fails_leaves_its_workspace_as_good_as_new(
+    text_bundle: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    request = PROMPTS | {"height": 24, "width": 24}
+    # Ahead of the first prompt: seven launches to warm up, seven to be captured. Ahead of the first tile: four prompts.
+    after = {"text_encoder": 2 * 7, "vae_decoder": 2 * 7 + 4}[engine]
+    with Sampler.open(text_bundle) as sampler:
+        expected = sampler.generate(**request)
+    with Sampler.open(text_bundle) as sampler:
+        sampler.prepare([2])
+        fail_once(monkeypatch, fake_tensorrt.Context, "execute_async_v3", False, after=after)
+        with pytest.raises(DeviceError, match=f"the engine `{engine}` does not run"):
+            sampler.generate(**request)
+        assert_equal(sampler.generate(**request), expected)
+
+
+def test_the_plan_of_a_bundle_that_draws_prompts_is_what_is_taken(text_bundle: Path, gpu: Gpu) -> None:
+    with Sampler.open(text_bundle, max_concurrency=2) as sampler:
+        plan = sampler.memory_plan
+        assert gpu.cudart.live_bytes("device") == plan.total_bytes - plan.weights_bytes
 
 
 # what is enqueued

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -21,22 +21,30 @@ import onnx
 import pytest
 import torch
 
-from bundles import DIGITS, SELECTOR
+from bundles import DIGITS, SELECTOR, schedule_from_rhythm
 from gpu_bundles import install_driver, install_gpu
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import BuildOptions
+from hemiola_engines.profiles import profiles_of
 from hemiola_engines.tensorrt import CHILD, TENSORRT, TENSORRT_RTX, Countdown, TensorRT
 from hemiola_engines.tensorrt_child import VERBOSE, Request
-from hemiola_export.forwards import Conditioning, Deep, ForwardConfig, Front, Full, Reuse, Tokens
-from hemiola_export.model import load_model
+from hemiola_export import architectures
+from hemiola_export.architectures import PIXART_XL_2
+from hemiola_export.conditioning import Conditioning, ForwardConfig
+from hemiola_export.export import export_pipeline
+from hemiola_export.forwards import Deep, Front, Full, Reuse, Tokens
+from hemiola_export.model import Model, load_model
 from hemiola_export.named_module import NamedModule
 from hemiola_export.onnx_graphs import export_graph
+from hemiola_export.sizes import Sizes
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import sha256_of
 from hemiola_runtime.codec import encode
-from hemiola_runtime.graphs import WEIGHTS_FILE, GraphSpec, TensorSpec
+from hemiola_runtime.graph_set import GraphSet
+from hemiola_runtime.graphs import WEIGHTS_FILE, GraphSpec, Precision, TensorSpec
 from hemiola_runtime.manifest import Profile
-from pixart_block import PixArtBlock
+from hemiola_runtime.schedule import Schedule
+from models import save_tiny_text_model, tiny_pixart
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -48,10 +56,18 @@ FORWARDS: Final[dict[str, type]] = {
     "tokens": Tokens,
     "reuse": Reuse,
 }
-PRECISIONS: Final = ("fp16", "bf16")
+TEXT_GRAPHS: Final = ("text_encoder", *FORWARDS, "vae_decoder")  # of a model that draws prompts
+SIDES_OF: Final[dict[str, set[str]]] = {  # that differ from request to request where pictures differ in size
+    "text_encoder": set(),
+    "conditioning": {"B", "T", "N"},
+    "tokens": {"B", "K", "N"},
+    "vae_decoder": {"B", "rows", "columns"},
+}
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp16", "bf16")
 SIDES: Final = {"B": (1, 2, 4), "K": (4, 16, 64), "T": (1, 5, 10)}  # 64 is all tokens
 OPTIONS: Final = BuildOptions(backend="tensorrt_rtx", max_batch_size=4)
 FUSED_ATTENTION: Final = b"_gemm_mha_v2"  # a kernel's name: TensorRT-RTX engines hold sources
+SOFTMAX: Final = b"MaxrSubExpSumDiv"  # a softmax of its own, as float32 has it
 CAPABILITY_BITS: Final = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # of the mask at byte 32 of an engine's header
 
 Exported = tuple[Path, dict[str, GraphSpec]]  # a folder and the graphs in it, by name
@@ -143,22 +159,108 @@ def test_attention_is_fused_where_it_is_computed(built: Built, precision: str, n
     assert (FUSED_ATTENTION in built(precision, name)) is is_fused
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_block_with_masked_cross_attention_builds_with_both_attentions_fused(
-    dtype: torch.dtype, tmp_path: Path
+@dataclass(frozen=True, slots=True)
+class TextExport:
+    """An export of a model that draws prompts, and the schedule that it was made for."""
+
+    folder: Path
+    graph_set: GraphSet
+    schedule: Schedule
+
+    @property
+    def exported(self) -> dict[str, Exported]:
+        return {precision: (self.folder, part.graphs) for precision, part in self.graph_set.precisions.items()}
+
+    def profiles(self, graph: GraphSpec) -> tuple[Profile, ...]:
+        return profiles_of(graph, self.graph_set.pipeline, [self.schedule], OPTIONS.max_batch_size)
+
+
+def export_text_model(folder: Path, model: Model, precisions: Sequence[Precision], sizes: Sizes | None) -> TextExport:
+    """Export every graph that a model of two blocks can have; a quarter of the tokens is selected."""
+    selector = replace(SELECTOR, score="cross_attention_entropy")
+    num_tokens = model.family.num_tokens // 4
+    schedule = schedule_from_rhythm(
+        model, model.scheduler, "FSDC", num_tokens=num_tokens, deep_start=1, selector=selector
+    )
+    made = export_pipeline(model, {"mixed": schedule}, folder, precisions=precisions, sizes=sizes, has_reference=False)
+    return TextExport(folder, made, schedule)
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> TextExport:
+    """Two blocks of PixArt-XL/2 at 512 × 512 pixels; a small T5 and a small VAE of the same layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        blocks = PIXART_XL_2 | {"num_layers": 2, "caption_channels": 128}
+        patch.setitem(architectures.ARCHITECTURES, "two-blocks", blocks)
+        for name, value in {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4}.items():
+            patch.setitem(architectures.T5_XXL, name, value)
+        patch.setitem(architectures.VAE, "block_out_channels", (32, 32, 64, 64))
+        model = architectures.random_model("two-blocks")
+    return export_text_model(tmp_path_factory.mktemp("pixart") / "graphs", model, PRECISIONS, None)
+
+
+@pytest.fixture(scope="module")
+def of_sizes(tmp_path_factory: pytest.TempPathFactory) -> TextExport:
+    """A tiny PixArt with heads of PixArt's width, for pictures of 8 to 24 pixels."""
+    folder = tmp_path_factory.mktemp("of_sizes")
+    save_tiny_text_model(folder / "model", transformer=tiny_pixart(num_blocks=2, num_heads=2, head_width=72))
+    model = load_model(str(folder / "model"))
+    return export_text_model(folder / "graphs", model, ["bf16"], Sizes((8, 8), (24, 24), 16))
+
+
+@pytest.fixture(scope="module")
+def built_pixart(pixart: TextExport, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """As `built`, of `pixart`."""
+
+    @functools.cache
+    def get(precision: str, name: str) -> bytes:
+        folder, graphs = pixart.exported[precision]
+        graph = graphs[name]
+        target = tmp_path_factory.mktemp("engine") / f"{name}.engine"
+        return build(graph, folder, target, *pixart.profiles(graph))
+
+    return get
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", TEXT_GRAPHS)
+def test_every_graph_of_a_model_that_draws_prompts_builds_without_a_warning(
+    built_pixart: Built, precision: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with (tmp_path / WEIGHTS_FILE).open("wb") as file:
-        graph = export_graph(
-            PixArtBlock(dtype).eval(),
-            name="block",
-            rows_per_image=2,
-            activation_bytes_per_row=0,
-            folder=tmp_path,
-            weights=WeightFile(file),
-        )
-    engine = build(graph, tmp_path, tmp_path / "block.engine", Profile({"B": (1, 2, 4)}))
-    assert FUSED_ATTENTION in engine
-    assert b"MaxrSubExpSumDiv" not in engine  # a softmax of its own, as float32 has it
+    assert len(built_pixart(precision, name)) > 0
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("name", "count"), [("full", 4), ("front", 2), ("deep", 2), ("reuse", 0)])
+def test_self_attention_and_masked_cross_attention_are_fused(
+    built_pixart: Built, precision: str, name: str, count: int
+) -> None:
+    """`tokens` has one attention, the second block's to the prompt; the kernels of each stand in an engine as often."""
+    one = built_pixart(precision, "tokens").count(FUSED_ATTENTION)
+    assert one > 0
+    assert built_pixart(precision, name).count(FUSED_ATTENTION) == count * one
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("name", "has_softmax"), [("front", False), ("tokens", False), ("deep", True)])
+def test_only_scores_of_tokens_take_a_softmax_of_their_own(
+    built_pixart: Built, precision: str, name: str, has_softmax: bool
+) -> None:
+    assert (SOFTMAX in built_pixart(precision, name)) is has_softmax
+
+
+@pytest.mark.parametrize("name", TEXT_GRAPHS)
+def test_every_graph_builds_for_many_sizes_of_pictures(
+    of_sizes: TextExport, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, graphs = of_sizes.exported["bf16"]
+    profiles = of_sizes.profiles(graphs[name])
+    sides = {symbol for profile in profiles for symbol in profile.sides}
+    assert sides == SIDES_OF.get(name, {"B", "N"})
+    engine = build(graphs[name], folder, tmp_path / f"{name}.engine", *profiles)
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+    assert FUSED_ATTENTION in engine or name not in {"full", "front", "deep", "tokens"}
 
 
 def copies_of_block_weights(exported: Exported, name: str, *engines: bytes) -> set[int]:

@@ -257,11 +257,11 @@ MANY: Final = Profile({"B": (2, 3, 3), "K": (4, 4, 4)})
     [
         (lambda spec: with_inputs(spec, name="stat"), r"its tensor stat is missing instead of \(True, 'float32'"),
         (lambda spec: with_inputs(spec, dtype="float16"), r"state is \(True, 'float32', .* instead of .*'float16'"),
-        (lambda spec: with_inputs(spec, shape=(3, "B", 4, 8)), r"state is .* instead of \(True, 'float32', \(3, -1, 4"),
         (
-            lambda spec: with_inputs(spec, shape=(4, "B", 4, 8, 8)),
-            r"\(3, -1, 4, 8, 8\)\) instead of .*\(4, -1, 4, 8, 8",
+            lambda spec: with_inputs(spec, shape=(3, "B", 16)),
+            r"state is .* instead of \(True, 'float32', \(3, -1, 16\)",
         ),
+        (lambda spec: with_inputs(spec, shape=(4, "B", 16, 16)), r"\(3, -1, 16, 16\)\) instead of .*\(4, -1, 16, 16"),
         (as_output, r"state is \(True, .* instead of \(False, "),
         (less_one, r"its tensor next_staleness is \(False, 'float32', \(2, -1, 16\)\) instead of absent"),
         (tuned(ONE), "has 2 optimization profiles, the manifest 1"),

@@ -24,7 +24,7 @@ from hemiola_runtime.artifacts import MadeBy, replacing_folder, sha256_of
 from hemiola_runtime.backends import entry_of, obstacle
 from hemiola_runtime.codec import encode
 from hemiola_runtime.errors import BundleError
-from hemiola_runtime.graph_set import REFERENCE_FILE, GraphSet, read_graph_set
+from hemiola_runtime.graph_set import REFERENCE_FILE, TOKENIZER_FILE, GraphSet, read_graph_set
 from hemiola_runtime.graphs import PRECISIONS, WEIGHTS_FILE, GraphSpec, Precision
 from hemiola_runtime.manifest import (
     MANIFEST_FILE,
@@ -123,7 +123,7 @@ def build_bundle(graphs: Path, out: Path, options: BuildOptions, *, progress: Pr
         builder.build_engines(missing, options, progress, rows_per_image=graph_set.pipeline.rows_per_image)
         engines = {name: _engine(job, keys[name], builder) for name, job in jobs.items()}
         manifest = Manifest(
-            schema=2,
+            schema=3,
             backend=backend,
             pipeline=graph_set.pipeline,
             precision=precision,
@@ -173,7 +173,7 @@ def _profiles(
     if not builder.has_profiles:
         return ()
     schedules = [read_schedule(graphs / file) for file in graph_set.schedules.values()]
-    return profiles_of(graph, schedules, options.max_batch_size)
+    return profiles_of(graph, graph_set.pipeline, schedules, options.max_batch_size)
 
 
 def _key(
@@ -212,7 +212,8 @@ def _check_weights(source: Path, sha256: str) -> None:
 
 def _copy_data(graphs: Path, graph_set: GraphSet, folder: Path) -> None:
     reference = (REFERENCE_FILE,) if graph_set.has_reference else ()
-    for file in (*graph_set.schedules.values(), *graph_set.solvers.values(), *reference):
+    tokenizer = (TOKENIZER_FILE,) if graph_set.pipeline.text is not None else ()
+    for file in (*graph_set.schedules.values(), *graph_set.solvers.values(), *reference, *tokenizer):
         if not (graphs / file).is_file():
             raise BuildError(f"{graphs / file} is missing. Export again with `hemiola export`")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)

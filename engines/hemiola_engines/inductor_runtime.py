@@ -265,7 +265,6 @@ class InductorWorkspace(cuda.CudaWorkspace):
         self.torch_stream = torch.cuda.ExternalStream(int(self.stream), device=0)
         self._runtime = runtime
         self._pool = torch.cuda.graph_pool_handle()  # one for all programs: of a workspace, only one runs at a time
-        self._captured: list[TorchGraph] = []
 
     def capture(self, launches: Sequence[Bound]) -> TorchGraph | None:
         """Run some launches, which loads their kernels, then capture them as one CUDA graph.
@@ -277,16 +276,8 @@ class InductorWorkspace(cuda.CudaWorkspace):
             launch.enqueue()
         self.wait()
         made = TorchGraph(self._runtime, self.torch_stream, self._pool, launches)
-        self._captured.append(made)
+        self._bound.callback(made.close)
         return made
-
-    def close(self) -> None:
-        """Free the captured launches, then the memory that they use."""
-        self.wait()
-        for graph in self._captured:
-            graph.close()
-        self._captured = []
-        super().close()
 
 
 class TorchGraph(cuda.CudaGraph):

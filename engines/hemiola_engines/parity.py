@@ -10,7 +10,7 @@ import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -49,9 +49,12 @@ def check_parity(bundle: Path) -> dict[str, float]:
         guidance = None if sampler.manifest.pipeline.guidance == "none" else reference["guidance"].tolist()
         for name in sampler.schedules:
             differences = []
-            for i, (label, seed) in enumerate(zip(reference["labels"], reference["seeds"], strict=True)):
+            for i, seed in enumerate(reference["seeds"]):
                 scale = None if guidance is None else [guidance[i]]
-                drawn = sampler.generate(labels=[int(label)], seeds=[int(seed)], guidance_scale=scale, schedule=name)
+                of: dict[str, Any] = {
+                    kind: [reference[kind][i].item()] for kind in ("labels", "prompts") if kind in reference
+                }
+                drawn = sampler.generate(**of, seeds=[int(seed)], guidance_scale=scale, schedule=name)
                 expected = reference[f"latents.{name}"][i]
                 differences.append(float(np.linalg.norm(drawn.latents[0] - expected) / np.linalg.norm(expected)))
             found[name] = max(differences)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Final
 
-from hemiola_runtime.graphs import GraphSpec
+from hemiola_runtime.graphs import VAE_DECODER, GraphSpec
 from hemiola_runtime.manifest import Profile
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import Schedule
 
 MAX_TOKEN_BUCKETS: Final = 4  # a profile adds up to a fifth to the build time of an engine, and to its tuning data
@@ -15,22 +16,40 @@ MAX_TOKEN_BUCKETS: Final = 4  # a profile adds up to a fifth to the build time o
 Range = tuple[int, int, int]  # smallest, likeliest, largest
 
 
-def profiles_of(graph: GraphSpec, schedules: Iterable[Schedule], max_batch_size: int) -> tuple[Profile, ...]:
+def profiles_of(
+    graph: GraphSpec, pipeline: Pipeline, schedules: Iterable[Schedule], max_batch_size: int
+) -> tuple[Profile, ...]:
     """Choose the profiles of one engine.
 
     One image alone has a profile of its own, since that is where latency is felt; more images share one that is tuned
-    for the largest batch. Every token count of the schedules has its own as long as they are few.
+    for the largest batch. Every token count of the schedules has its own as long as they are few. Where pictures differ
+    in size, every profile takes all sizes and is tuned for the default one.
     """
     sides = {side for spec in graph.inputs for side in spec.shape}
     every = list(schedules)
+    sizes: tuple[tuple[int, int], ...] = (pipeline.min_size, pipeline.size, pipeline.max_size)
+    if graph.name == VAE_DECODER:
+        sizes = tuple(pipeline.tile_of(size) for size in sizes)
     choices: dict[str, list[Range]] = {}
     if sides & {"B", "R"}:
         choices["B"] = [(1, 1, 1)] if max_batch_size == 1 else [(1, 1, 1), (2, max_batch_size, max_batch_size)]
     if "K" in sides:
-        choices["K"] = token_buckets({step.tokens for schedule in every for step in schedule.steps if step.tokens})
+        steps = {step for schedule in every for step in schedule.steps if step.tokens}
+        counts = [{pipeline.selected_tokens(step, size) for step in steps} for size in sizes]
+        if pipeline.min_size == pipeline.max_size:
+            choices["K"] = token_buckets(counts[1])
+        else:  # every size has counts of its own
+            choices["K"] = [(min(counts[0]), max(counts[1]), max(counts[2]))]
     if "T" in sides:
         lengths = [len(schedule.steps) for schedule in every]
         choices["T"] = [(min(lengths), max(lengths), max(lengths))]
+    grids = [pipeline.grid_of(size) for size in sizes]
+    of_size = {
+        "N": [rows * columns for rows, columns in grids],
+        "rows": [rows for rows, _ in grids],
+        "columns": [columns for _, columns in grids],
+    }
+    choices |= {name: [(least, likely, most)] for name, (least, likely, most) in of_size.items() if name in sides}
     return tuple(Profile(dict(zip(choices, combination, strict=True))) for combination in product(*choices.values()))
 
 

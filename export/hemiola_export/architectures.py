@@ -15,7 +15,7 @@ from torch import nn
 
 from hemiola_export.errors import ExportError
 from hemiola_export.families import open_transformer
-from hemiola_export.model import Model
+from hemiola_export.model import Model, Text
 from hemiola_runtime.schedule import ModelIdentity
 
 DIT_XL_2: Final[dict[str, Any]] = {  # facebook/DiT-XL-2-256 (Peebles & Xie 2022, arXiv:2212.09748)
@@ -30,11 +30,36 @@ DIT_XL_2: Final[dict[str, Any]] = {  # facebook/DiT-XL-2-256 (Peebles & Xie 2022
     "activation_fn": "gelu-approximate",
     "num_embeds_ada_norm": 1000,
 }
+PIXART_XL_2: Final[dict[str, Any]] = {  # PixArt-alpha/PixArt-XL-2-512x512 (Chen et al. 2023, arXiv:2310.00426)
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "attention_bias": True,
+    "sample_size": 64,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "caption_channels": 4096,
+}
+T5_XXL: Final[dict[str, Any]] = {  # one block of the 24 of T5 v1.1 XXL, for characters in place of its words
+    "vocab_size": 128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 1,
+    "feed_forward_proj": "gated-gelu",
+}
 ARCHITECTURES: Final[dict[str, dict[str, Any]]] = {
     "dit-xl-2": DIT_XL_2,
     "dit-xl-2-512": DIT_XL_2 | {"sample_size": 64},
+    "pixart-xl-2-256": PIXART_XL_2 | {"sample_size": 32},
+    "pixart-xl-2-512": PIXART_XL_2,
+    "pixart-xl-2-1024": PIXART_XL_2 | {"sample_size": 128},
 }
-VAE: Final[dict[str, Any]] = {  # the decoder of Stable Diffusion, which DiT's latents are made for
+VAE: Final[dict[str, Any]] = {  # the decoder of Stable Diffusion, which DiT's and PixArt's latents are made for
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -47,7 +72,8 @@ VAE: Final[dict[str, Any]] = {  # the decoder of Stable Diffusion, which DiT's l
 def random_model(name: str, seed: int = 0) -> Model:
     """Make a model of a known architecture with random weights.
 
-    Every block gets the embedder of the first, as checkpoints that were converted to diffusers have it.
+    Of a text encoder there is one block. Every DiT block gets the embedder of the first, as checkpoints that were
+    converted to diffusers have it.
 
     Raises:
         ExportError: no architecture has this name.
@@ -55,10 +81,19 @@ def random_model(name: str, seed: int = 0) -> Model:
     if name not in ARCHITECTURES:
         raise ExportError(f"no architecture is called {name!r}; known are {', '.join(ARCHITECTURES)}")
     config = ARCHITECTURES[name]
-    transformer: Any = diffusers.DiTTransformer2DModel(**config)
-    for block in transformer.transformer_blocks:
-        block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
-    family = open_transformer(draw_weights(transformer, seed))
+    transformer: Any
+    text = None
+    if "caption_channels" in config:
+        transformer = draw_weights(diffusers.PixArtTransformer2DModel(**config), seed)
+        text = _random_text(transformer, seed)
+        scheduler: Any = diffusers.DPMSolverMultistepScheduler()
+    else:
+        transformer = diffusers.DiTTransformer2DModel(**config)
+        for block in transformer.transformer_blocks:
+            block.norm1.emb = transformer.transformer_blocks[0].norm1.emb
+        draw_weights(transformer, seed)
+        scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    family = open_transformer(transformer)
     vae: Any = diffusers.AutoencoderKL(**VAE, sample_size=8 * config["sample_size"])
     vae.encoder, vae.quant_conv = None, None  # only the decoder is of use
     digest = hashlib.sha256(json.dumps([config, seed], sort_keys=True).encode()).hexdigest()
@@ -66,10 +101,29 @@ def random_model(name: str, seed: int = 0) -> Model:
         identity=ModelIdentity(family.key, f"{name} with random weights", digest, family.latent_shape),
         transformer=transformer,
         family=family,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        scheduler=scheduler,
         vae=draw_weights(vae, seed),
         labels={str(label): str(label) for label in range(family.num_classes)},
+        text=text,
     )
+
+
+def _random_text(transformer: Any, seed: int) -> Text:
+    """Make a text encoder as wide as PixArt's, which reads a prompt character by character."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5Config, T5EncoderModel
+
+    from hemiola_export.tokenizer import PIXART_TOKENS, PromptTokenizer
+
+    characters = ["<pad>", "</s>", "<unk>", *map(chr, range(ord(" "), ord("~") + 1))]
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.enable_truncation(PIXART_TOKENS)
+    tokenizer.enable_padding(length=PIXART_TOKENS, pad_id=0, pad_token="<pad>")
+    encoder = draw_weights(T5EncoderModel(T5Config(**T5_XXL)), seed)
+    read = PromptTokenizer(tokenizer.to_str().encode(), PIXART_TOKENS, len(characters))
+    return Text(read, encoder, transformer.caption_projection)
 
 
 def draw_weights(module: nn.Module, seed: int) -> nn.Module:

@@ -9,44 +9,53 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy as np
 import torch
 
 from hemiola_export.components import VaeDecoder
+from hemiola_export.conditioning import Conditioning, ForwardConfig, GraphModule
 from hemiola_export.errors import ExportError
-from hemiola_export.forwards import FORWARDS, Conditioning, ForwardConfig, Front
+from hemiola_export.forwards import FORWARDS, Front
 from hemiola_export.model import Model, scheduler_from_identity
 from hemiola_export.named_module import NamedModule
 from hemiola_export.onnx_graphs import export_graph
+from hemiola_export.reference_images import write_reference
+from hemiola_export.sizes import Sizes
 from hemiola_export.solver import measure_solver
 from hemiola_export.torch_programs import export_program
-from hemiola_export.trajectory import Requests, Trajectory
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import MadeBy, replacing_folder
-from hemiola_runtime.graph_set import GRAPHS_FILE, REFERENCE_FILE, UNCACHED, Graphs, GraphSet, write_graph_set
+from hemiola_runtime.graph_set import (
+    GRAPHS_FILE,
+    REFERENCE_FILE,
+    TOKENIZER_FILE,
+    UNCACHED,
+    Graphs,
+    GraphSet,
+    write_graph_set,
+)
 from hemiola_runtime.graphs import (
     CONDITIONING,
     FRONT,
     ITEMSIZE,
     PRECISIONS,
+    TEXT_ENCODER,
     VAE_DECODER,
     WEIGHTS_FILE,
     GraphFormat,
     GraphSpec,
     Precision,
 )
-from hemiola_runtime.noise import noise_from_seeds
-from hemiola_runtime.pipeline import Pipeline
+from hemiola_runtime.pipeline import Pipeline, TextSpec
 from hemiola_runtime.schedule import Forward, Schedule, TokenSelector, write_schedule
 from hemiola_runtime.solver_table import SolverTable, write_solver_table
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_SEEDS: Final = (0, 1)
-REFERENCE_GUIDANCE: Final = 2.0
 Exporter = Callable[..., GraphSpec]
 EXPORTERS: Final[Mapping[GraphFormat, Exporter]] = {"onnx": export_graph, "torch": export_program}
 TRACED_WITH: Final[Mapping[GraphFormat, tuple[str, ...]]] = {"onnx": ("onnx", "onnxscript"), "torch": ()}
+DIT_GUIDANCE: Final = 4.0  # the defaults of diffusers' DiTPipeline and PixArtAlphaPipeline
+PIXART_GUIDANCE: Final = 4.5
 
 Progress = Callable[[str], None]
 
@@ -58,6 +67,7 @@ def export_pipeline(
     *,
     format: GraphFormat = "onnx",  # noqa: A002 - as GraphSet calls it
     precisions: Sequence[Precision] = ("fp32",),
+    sizes: Sizes | None = None,
     has_reference: bool = True,
     progress: Progress = lambda _: None,
 ) -> GraphSet:
@@ -69,6 +79,7 @@ def export_pipeline(
         out: a folder, replaced as a whole when everything is written.
         format: of the graphs: ONNX, or PyTorch's exported programs, from which its own compiler builds.
         precisions: of matrix products, weights and caches; every graph is written in each.
+        sizes: of the pictures that can be drawn; None for the one that the model is configured for.
         has_reference: draw a few images with every schedule in PyTorch, by which engines are judged.
         progress: told what is being done.
 
@@ -79,16 +90,23 @@ def export_pipeline(
     _check_names(schedules)
     schedules = {**schedules, UNCACHED: next(iter(schedules.values())).uncached()}
     tables = _solver_tables(schedules.values())
-    pipeline = _pipeline(model, schedules, max(table.state_rows for table in tables.values()))
+    pipeline = _pipeline(model, schedules, max(table.state_rows for table in tables.values()), sizes or Sizes())
     forwards = _forwards(schedules.values())
     for schedule in schedules.values():
         pipeline.check_schedule(schedule, {forward.value for forward in forwards})
+    text_libraries = () if model.text is None else ("transformers", "tokenizers")
+    if format == "torch" and pipeline.min_size != pipeline.max_size:
+        raise ExportError(
+            "graphs of the format torch are for one size of pictures; leave --min-size and --max-size out"
+        )
     padded = {digest: table.padded(pipeline.state_rows) for digest, table in tables.items()}
     with replacing_folder(out, GRAPHS_FILE) as folder, torch.inference_mode():
         if has_reference:
-            _write_reference(model, schedules, tables, folder / REFERENCE_FILE, progress)
+            write_reference(model, schedules, tables, folder / REFERENCE_FILE, progress)
+        if model.text is not None:
+            (folder / TOKENIZER_FILE).write_bytes(model.text.tokenizer.json)
         graph_set = GraphSet(
-            schema=2,
+            schema=3,
             pipeline=pipeline,
             format=format,
             precisions={
@@ -98,7 +116,7 @@ def export_pipeline(
             schedules=_write_schedules(schedules, folder),
             solvers=_write_solvers(padded, folder),
             has_reference=has_reference,
-            made_by=MadeBy.here("torch", "diffusers", *TRACED_WITH[format]),
+            made_by=MadeBy.here("torch", "diffusers", *TRACED_WITH[format], *text_libraries),
         )
         write_graph_set(graph_set, folder)
     logger.info("wrote %s: %s", out, ", ".join(next(iter(graph_set.precisions.values())).graphs))
@@ -126,10 +144,8 @@ def _forwards(schedules: Iterable[Schedule]) -> list[Forward]:
     return [forward for forward in Forward if forward in wanted]
 
 
-def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int) -> Pipeline:
+def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int, sizes: Sizes) -> Pipeline:
     family = model.family
-    _, height, width = family.latent_shape
-    pixels = (height, width, family.latent_shape[0])
     deep_start: int | None = _common("deep_start", {name: s.deep_start for name, s in schedules.items()})
     if deep_start is not None and deep_start >= len(family.blocks):
         raise ExportError(
@@ -140,19 +156,34 @@ def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int) 
     guidance: Literal["classifier_free", "none"] = _common(
         "guidance", {name: schedule.guidance for name, schedule in schedules.items()}
     )
+    min_size, max_size = sizes.in_latents(model, selector)
     return Pipeline(
         model=model.identity,
         guidance=guidance,
         num_blocks=len(family.blocks),
         width=family.width,
-        num_tokens=family.num_tokens,
+        patch_size=family.patch_size,
         branches=family.branches,
         state_rows=state_rows,
         deep_start=deep_start,
         selector=selector,
         labels=model.labels,
-        image_shape=pixels if model.vae is None else VaeDecoder(model.vae, family.latent_shape).image_shape,
+        text=None if model.text is None else TextSpec(model.text.tokenizer.num_tokens, family.width),
+        min_size=min_size,
+        max_size=max_size,
+        pixels_per_latent=model.pixels_per_latent,
+        image_channels=family.latent_shape[0] if model.vae is None else model.vae.config.out_channels,
+        tile_size=None if model.vae is None else sizes.tile_in_latents(model, max_size),
+        guidance_scale=_guidance_scale(model, next(iter(schedules.values()))),
     )
+
+
+def _guidance_scale(model: Model, schedule: Schedule) -> float:
+    """Return the scale that a schedule was searched with; for one that was not searched, the default of diffusers."""
+    found = schedule.found_by.arguments.get("guidance_scale")
+    if isinstance(found, int | float) and found:
+        return float(found)
+    return DIT_GUIDANCE if model.text is None else PIXART_GUIDANCE
 
 
 def _common(what: str, by_schedule: dict[str, Any]) -> Any:
@@ -190,7 +221,7 @@ def _write_graphs(
                 module,
                 name=name,
                 rows_per_image=pipeline.rows_per_image,
-                activation_bytes_per_row=_activation_bytes(model, module, precision),
+                activation_bytes_per_row=_activation_bytes(model, pipeline, module, precision),
                 folder=folder,
                 weights=weights,
             )
@@ -201,48 +232,37 @@ def _write_graphs(
 def _modules(model: Model, pipeline: Pipeline, forwards: list[Forward], dtype: torch.dtype) -> dict[str, NamedModule]:
     family = model.family if dtype == model.family.compute_dtype else model.family.lowered(dtype)
     is_guided = pipeline.guidance == "classifier_free"
-    config = ForwardConfig(is_guided, pipeline.state_rows, pipeline.deep_start, pipeline.selector)
-    modules: dict[str, NamedModule] = {CONDITIONING: Conditioning(family, config)}
+    is_one_size = pipeline.min_size == pipeline.max_size
+    num_tokens = pipeline.num_tokens if is_one_size else "N"
+    config = ForwardConfig(is_guided, pipeline.state_rows, pipeline.deep_start, pipeline.selector, num_tokens)
+    modules: dict[str, NamedModule] = {}
+    if model.text is not None:
+        modules[TEXT_ENCODER] = model.text.graph(family.width, dtype)
+    modules[CONDITIONING] = Conditioning(family, config)
     modules |= {forward.value: FORWARDS[forward](family, config) for forward in forwards}
     if Forward.DEEP in forwards and pipeline.deep_start:
         modules[FRONT] = Front(family, config)
     if model.vae is not None:
-        modules[VAE_DECODER] = VaeDecoder(model.vae, family.latent_shape, dtype)
+        size = pipeline.tile_of(pipeline.size)
+        modules[VAE_DECODER] = VaeDecoder(model.vae, family.patch_size, size if is_one_size else None, dtype)
     return modules
 
 
-def _activation_bytes(model: Model, module: NamedModule, precision: Precision) -> int:
+def _activation_bytes(model: Model, pipeline: Pipeline, module: NamedModule, precision: Precision) -> int:
     """Estimate what a graph keeps alive for one row: a block's tokens, queries, keys, values, softmax map and MLP."""
     itemsize = ITEMSIZE[PRECISIONS[precision]]
+    family = model.family
     if isinstance(module, VaeDecoder):
-        height, width, _ = module.image_shape
+        height, width, _ = pipeline.image_shape(pipeline.tile_of(pipeline.max_size))
         first: int = model.vae.config.block_out_channels[0]  # type: ignore[union-attr]
         return 3 * itemsize * height * width * first
-    family = model.family
-    tokens = family.num_tokens * family.width
-    return itemsize * (12 * tokens + 2 * family.num_heads * family.num_tokens**2)
-
-
-def _write_reference(
-    model: Model, schedules: Mapping[str, Schedule], tables: Mapping[str, SolverTable], path: Path, progress: Progress
-) -> None:
-    """Draw a few images with every schedule in PyTorch, by which engines are judged on whatever machine they run."""
-    classes = model.family.num_classes
-    labels = np.array([7 * seed % classes for seed in REFERENCE_SEEDS], dtype=np.int64)
-    noise = noise_from_seeds(REFERENCE_SEEDS, model.family.latent_shape)
-    guidance = np.full(len(labels), REFERENCE_GUIDANCE, dtype=np.float32)
-    requests = Requests(torch.from_numpy(labels), torch.from_numpy(noise), torch.from_numpy(guidance))
-    drawn = {}
-    for name, schedule in schedules.items():
-        progress(f"reference images of {name}")
-        drawn[f"latents.{name}"] = trajectory(model, schedule, tables[schedule.scheduler.digest]).run(requests).numpy()
-    np.savez(path, allow_pickle=False, labels=labels, seeds=np.array(REFERENCE_SEEDS), guidance=guidance, **drawn)
-
-
-def trajectory(model: Model, schedule: Schedule, table: SolverTable) -> Trajectory:
-    """Return what runs a schedule in PyTorch."""
-    is_guided = schedule.guidance == "classifier_free"
-    return Trajectory(model.family, table, schedule.steps, is_guided, schedule.deep_start, schedule.selector)
+    if model.text is not None and pipeline.text is not None and not isinstance(module, GraphModule):
+        config = model.text.encoder.config
+        num_tokens, hidden = pipeline.text.num_tokens, 4 * config.d_model + 3 * config.d_ff
+        scores: int = 2 * config.num_heads * num_tokens
+        return int(4 * num_tokens * (hidden + scores))
+    num_tokens = pipeline.tokens_of(pipeline.max_size)
+    return itemsize * (12 * num_tokens * family.width + 2 * family.num_heads * num_tokens**2)
 
 
 def _write_schedules(schedules: Mapping[str, Schedule], folder: Path) -> dict[str, str]:

@@ -5,99 +5,48 @@ an output `next_x` is what `x` becomes for the forwards after it. Each ends with
 update, so that one launch takes the state of one model evaluation to that of the next. `Front` alone is no forward but
 the first part of one: followed by `Deep` it does what `Full` does, and no block's weights are in both.
 
-Symbols: B images, R rows (2B under guidance, else B), N tokens, D width, L blocks, S deep blocks, K selected tokens,
-1 + k rows of solver state, T model evaluations.
+Caches: a branch with a gate leaves its output in each block, since gates change from step to step. What is added
+without a gate (cross-attention) is only ever needed as a sum over blocks, and is kept as one, float32: one over the
+shallow blocks, one over the deep ones; but where `tokens` writes rows of its own in every deep block, one for each.
+
+Symbols: B images, R rows (2B under guidance, else B), N tokens, P numbers of a patch, D width, L blocks, S deep blocks,
+K selected tokens, 1 + k rows of solver state, T model evaluations.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
+from hemiola_export.conditioning import ForwardConfig, GraphModule
 from hemiola_export.families.seams import ATTENTION, GAIN, GATE, SHIFT, Family, vector_name
-from hemiola_export.named_module import NamedModule, Tensors
-from hemiola_export.selection import attend_and_score, check_selector, rank
-from hemiola_runtime.graphs import STEP_TABLE, TensorSpec
-from hemiola_runtime.schedule import Forward, TokenSelector
+from hemiola_export.named_module import Tensors
+from hemiola_export.selection import check_selector, compute_and_score, rank, scored_branch
+from hemiola_runtime.graphs import TensorSpec
+from hemiola_runtime.schedule import Forward
 
 INPUT_SCALE: Final = TensorSpec("input_scale", "float32", ())
+Part = Literal["shallow", "deep"]  # of the blocks
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardConfig:
-    """What the forwards of one export have in common.
-
-    Attributes:
-        is_guided: classifier-free guidance; every image is two rows.
-        state_rows: 1 + k.
-        deep_start: first deep block; None if no schedule asks for `deep` or `tokens`.
-        selector: how tokens are ranked; None if no schedule asks for `tokens`.
-    """
-
-    is_guided: bool
-    state_rows: int
-    deep_start: int | None = None
-    selector: TokenSelector | None = None
-
-    @property
-    def rows_per_image(self) -> int:
-        """2 under guidance, else 1."""
-        return 2 if self.is_guided else 1
-
-
-def cache_name(branch: str, block: int) -> str:
-    """Name the cached output of one branch of one block, (R, N, D), before its gate."""
+def cache_name(branch: str, block: int | Part) -> str:
+    """Name the cached output of one branch, (R, N, D) before its gate, in one block or summed over a part of them."""
     return f"{branch}_cache.{block}"
 
 
-class Conditioning(NamedModule):
-    """Everything that does not depend on the latents, for all steps at once: the modulation of blocks and head.
-
-    Reads labels (B,) and timesteps (T,); writes one table per vector, with an entry of (R, 1, D) for each step.
-    """
-
-    def __init__(self, family: Family, config: ForwardConfig) -> None:
-        super().__init__()
-        self.family = family
-        self.config = config
-
-    def forward(self, tensors: Tensors) -> Tensors:
-        return self.family.condition(tensors["labels"], tensors["timesteps"], is_guided=self.config.is_guided)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return TensorSpec("labels", "int64", ("B",)), TensorSpec("timesteps", "float32", ("T",))
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        blocks = range(len(self.family.blocks))
-        names = [
-            f"{vector_name(branch, kind)}.{index}"
-            for index in blocks
-            for branch in self.family.branches
-            if branch in self.family.block(index).modulated
-            for kind in (SHIFT, GAIN, GATE)
-        ]
-        return tuple(
-            TensorSpec(name, "float32", (STEP_TABLE, self.family.width)) for name in (*names, *self.family.head_vectors)
-        )
-
-
-class StepForward(NamedModule):
+class StepForward(GraphModule):
     """What all forwards of one step share: how it begins, how caches are summed, how it ends."""
 
     def __init__(self, family: Family, config: ForwardConfig) -> None:
-        super().__init__()
-        self.family = family
-        self.config = config
+        super().__init__(family, config)
         self.deep_start = len(family.blocks) if config.deep_start is None else config.deep_start
         if config.selector is not None:
-            check_selector(config.selector, family.grid)
+            check_selector(config.selector, family, config.num_tokens)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -105,7 +54,7 @@ class StepForward(NamedModule):
         specs = [self._state, TensorSpec("coefficients", "float32", coefficients), INPUT_SCALE]
         if self.config.is_guided:
             specs.append(TensorSpec("guidance", "float32", ("B",)))
-        return (*specs, *self._modulation(self._all, self.family.head_vectors), *self.reads)
+        return (*specs, *self._conditions(self._all, self.family.head_vectors), *self.reads)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -113,7 +62,7 @@ class StepForward(NamedModule):
 
     @property
     def _state(self) -> TensorSpec:
-        return TensorSpec("state", "float32", (self.config.state_rows, "B", *self.family.latent_shape))
+        return TensorSpec("state", "float32", (self.config.state_rows, "B", self.num_tokens, self.family.patch_width))
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -129,78 +78,98 @@ class StepForward(NamedModule):
     def computes(self, block: int, branch: str) -> bool:
         """Tell whether this forward computes a branch anew, for some tokens or all."""
 
-    def _modulation(self, blocks: Iterable[int], others: Iterable[str] = ()) -> tuple[TensorSpec, ...]:
-        """The vectors that some blocks need, gates everywhere and the rest where they compute; and `others`."""
+    def _conditions(self, blocks: range, head_vectors: Iterable[str] = ()) -> tuple[TensorSpec, ...]:
+        """What conditioning has left for this forward.
+
+        Of some blocks' vectors, gates everywhere and the rest where it computes; contexts where it computes.
+        """
+        family = self.family
         names = [
             f"{vector_name(branch, kind)}.{index}"
             for index in blocks
-            for branch in self.family.branches
-            if branch in self.family.block(index).modulated
+            for branch in family.branches
+            if branch in family.gated_branches
             for kind in ((SHIFT, GAIN, GATE) if self.computes(index, branch) else (GATE,))
         ]
-        return tuple(TensorSpec(name, "float32", ("R", 1, self.family.width)) for name in (*names, *others))
+        shape = (family.vector_rows, 1, family.width)
+        vectors = tuple(TensorSpec(name, "float32", shape) for name in (*names, *head_vectors))
+        contexts = [
+            spec
+            for branch in family.branches
+            for spec in self._contexts([i for i in blocks if self.computes(i, branch)], [branch])
+        ]
+        return (*vectors, *family.embedding_inputs(self.num_tokens), *contexts)
 
-    def _vectors(self, block: int, tensors: Tensors) -> Tensors:
-        """Pick one block's vectors out of a step's tensors."""
-        names = [vector_name(branch, kind) for branch in self.family.branches for kind in (SHIFT, GAIN, GATE)]
-        return {name: tensors[f"{name}.{block}"] for name in names if f"{name}.{block}" in tensors}
+    def _read(self, block: int, tensors: Tensors) -> Tensors:
+        """Pick what one block reads beside x out of a step's tensors."""
+        family = self.family
+        contexts = [family.context(branch) for branch in family.branches]
+        names = [vector_name(branch, kind) for branch in family.branches for kind in (SHIFT, GAIN, GATE)]
+        names += [spec.name for context in contexts for spec in context.of_block]
+        shared = [spec.name for context in contexts for spec in context.shared if spec.name in tensors]
+        own = {name: tensors[f"{name}.{block}"] for name in names if f"{name}.{block}" in tensors}
+        return own | {name: tensors[name] for name in shared}
 
-    def _caches(self, blocks: Iterable[int], branches: Iterable[str]) -> tuple[TensorSpec, ...]:
-        shape = ("R", self.family.num_tokens, self.family.width)
-        names = list(branches)
-        dtype: Any = str(self.family.compute_dtype).removeprefix("torch.")
-        return tuple(TensorSpec(cache_name(b, block), dtype, shape) for block in blocks for b in names)
+    def _caches(self, part: Part, branches: Iterable[str]) -> tuple[TensorSpec, ...]:
+        """The caches of some branches in one part of the blocks."""
+        shape = ("R", self.num_tokens, self.family.width)
+        names, blocks = list(branches), self._blocks(part)
+        by_block = [branch for branch in names if not self._is_summed(branch, part)]
+        specs = [TensorSpec(cache_name(b, block), self.family.cache_dtype, shape) for block in blocks for b in by_block]
+        sums = [branch for branch in names if branch not in by_block and blocks]
+        return (*specs, *(TensorSpec(cache_name(branch, part), "float32", shape) for branch in sums))
+
+    def _is_summed(self, branch: str, part: Part) -> bool:
+        is_gated = branch in self.family.gated_branches
+        return not is_gated and (part == "shallow" or self.config.selector is None)
 
     def _selection(self) -> tuple[TensorSpec, ...]:
         if self.config.selector is None:
             return ()
-        shape = (len(self._deep), "B", self.family.num_tokens)
+        shape = (len(self._blocks("deep")), "B", self.num_tokens)
         return TensorSpec("scores", "float32", shape), TensorSpec("staleness", "float32", shape)
 
-    @property
-    def _all(self) -> range:
-        return range(len(self.family.blocks))
-
-    @property
-    def _shallow(self) -> range:
-        return range(self.deep_start)
-
-    @property
-    def _deep(self) -> range:
-        return range(self.deep_start, len(self.family.blocks))
+    def _blocks(self, part: Part) -> range:
+        return range(self.deep_start) if part == "shallow" else range(self.deep_start, len(self.family.blocks))
 
     def _begin(self, tensors: Tensors) -> Tensor:
         """Embed the sample once; both rows of a guided image begin alike. Returns (R, N, D)."""
-        x = self.family.embed(tensors["state"][0] * tensors["input_scale"])  # (B, N, D)
+        x = self.family.embed(tensors["state"][0] * tensors["input_scale"], tensors)  # (B, N, D)
         return torch.cat([x, x]) if self.config.is_guided else x
 
-    def _add_cached(self, x: Tensor, blocks: Iterable[int], tensors: Tensors) -> Tensor:
-        """Add the gated caches of some blocks to x (R, N, D)."""
-        for index in blocks:
-            block, vectors = self.family.block(index), self._vectors(index, tensors)
-            for branch in block.branches:
-                x = x + block.gated(branch, tensors[cache_name(branch, index)], vectors)
+    def _add_cached(self, x: Tensor, part: Part, tensors: Tensors) -> Tensor:
+        """Add the caches of one part of the blocks to x (R, N, D)."""
+        branches = self.family.branches
+        for index in self._blocks(part):
+            block, read = self.family.block(index), self._read(index, tensors)
+            for branch in (branch for branch in branches if not self._is_summed(branch, part)):
+                x = x + block.gated(branch, tensors[cache_name(branch, index)], read)
+        for branch in (branch for branch in branches if self._is_summed(branch, part) and self._blocks(part)):
+            x = x + tensors[cache_name(branch, part)]
         return x
 
-    def _compute(self, x: Tensor, blocks: Iterable[int], tensors: Tensors) -> tuple[Tensor, Tensors]:
-        """Run some blocks on all tokens. Returns x (R, N, D) and what they leave for later steps."""
+    def _compute(self, x: Tensor, part: Part, tensors: Tensors) -> tuple[Tensor, Tensors]:
+        """Run one part of the blocks on all tokens. Returns x (R, N, D) and what it leaves for later steps."""
         written: Tensors = {}
+        selector = self.config.selector if part == "deep" else None
         scores = []
-        for index in blocks:
-            block, vectors = self.family.block(index), self._vectors(index, tensors)
+        for index in self._blocks(part):
+            block, read = self.family.block(index), self._read(index, tensors)
             for branch in block.branches:
-                if branch != ATTENTION:
-                    out = block.branch(branch, x, vectors)
-                elif self.config.selector is None or index < self.deep_start:
-                    out = block.attend(*block.queries_keys_values(x, vectors))
-                else:
-                    out, score = attend_and_score(
-                        block, index, x, vectors, self.config.selector, self.config.rows_per_image
-                    )
+                if selector is not None and branch == scored_branch(selector):
+                    out, score = compute_and_score(block, index, x, read, selector, self.config.rows_per_image)
                     scores.append(score)
-                written[f"next_{cache_name(branch, index)}"] = out
-                x = x + block.gated(branch, out, vectors)
-        if self.config.selector is not None:
+                elif branch == ATTENTION:
+                    out = block.attend(*block.queries_keys_values(x, read))
+                else:
+                    out = block.branch(branch, x, read)
+                if self._is_summed(branch, part):
+                    name, cache = f"next_{cache_name(branch, part)}", out.float()
+                    written[name] = written[name] + cache if name in written else cache
+                else:
+                    written[f"next_{cache_name(branch, index)}"] = out
+                x = x + block.gated(branch, out, read)
+        if selector is not None:
             none = x.new_zeros((0, x.shape[0] // self.config.rows_per_image, x.shape[1]))
             written["next_scores"] = torch.stack(scores) if scores else none  # (S, B, N)
             written["next_staleness"] = torch.zeros_like(written["next_scores"])
@@ -208,11 +177,12 @@ class StepForward(NamedModule):
 
     def _finish(self, x: Tensor, tensors: Tensors) -> Tensors:
         """Head, guidance and solver update."""
-        output = self.family.head(x, tensors)  # (R, C, H, W)
+        output = self.family.head(x, tensors)  # (R, N, P)
         if self.config.is_guided:
-            cond, uncond = output.unflatten(0, (2, -1)).unbind(0)  # (B, C, H, W) each
-            output = uncond + tensors["guidance"][:, None, None, None] * (cond - uncond)
-        operands = torch.cat([tensors["state"], output[None]])  # (2 + k, B, C, H, W)
+            rows = output.unflatten(0, (2, -1))  # (2, B, N, P)
+            cond, uncond = rows[self.family.conditional_row], rows[1 - self.family.conditional_row]
+            output = uncond + tensors["guidance"][:, None, None] * (cond - uncond)  # (B, N, P)
+        operands = torch.cat([tensors["state"], output[None]])  # (2 + k, B, N, P)
         return {"next_state": (tensors["coefficients"] @ operands.flatten(1)).unflatten(1, operands.shape[1:])}
 
 
@@ -224,11 +194,13 @@ class Full(StepForward):
 
     @property
     def writes(self) -> tuple[TensorSpec, ...]:
-        return (*self._caches(self._all, self.family.branches), *self._selection())
+        branches = self.family.branches
+        return (*self._caches("shallow", branches), *self._caches("deep", branches), *self._selection())
 
     def forward(self, tensors: Tensors) -> Tensors:
-        x, written = self._compute(self._begin(tensors), self._all, tensors)
-        return self._finish(x, tensors) | written
+        x, shallow = self._compute(self._begin(tensors), "shallow", tensors)
+        x, deep = self._compute(x, "deep", tensors)
+        return self._finish(x, tensors) | shallow | deep
 
 
 class Deep(StepForward):
@@ -239,15 +211,15 @@ class Deep(StepForward):
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self._caches(self._shallow, self.family.branches)
+        return self._caches("shallow", self.family.branches)
 
     @property
     def writes(self) -> tuple[TensorSpec, ...]:
-        return (*self._caches(self._deep, self.family.branches), *self._selection())
+        return (*self._caches("deep", self.family.branches), *self._selection())
 
     def forward(self, tensors: Tensors) -> Tensors:
-        x = self._add_cached(self._begin(tensors), self._shallow, tensors)
-        x, written = self._compute(x, self._deep, tensors)
+        x = self._add_cached(self._begin(tensors), "shallow", tensors)
+        x, written = self._compute(x, "deep", tensors)
         return self._finish(x, tensors) | written
 
 
@@ -259,36 +231,38 @@ class Front(StepForward):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return (self._state, INPUT_SCALE, *self._modulation(self._shallow))
+        return (self._state, INPUT_SCALE, *self._conditions(self._blocks("shallow")))
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(_next(spec) for spec in self._caches(self._shallow, self.family.branches))
+        return tuple(_next(spec) for spec in self._caches("shallow", self.family.branches))
 
     def forward(self, tensors: Tensors) -> Tensors:
-        _, written = self._compute(self._begin(tensors), self._shallow, tensors)
-        return {spec.name: written[spec.name] for spec in self.outputs}
+        _, written = self._compute(self._begin(tensors), "shallow", tensors)
+        return written
 
 
 class Reuse(StepForward):
-    """Nothing but the gated sum of the caches: x_L = x_0 + Σ_l (g1_l · a_l + g2_l · m_l), then the head."""
+    """Nothing but the gated sum of the caches: x_L = x_0 + Σ_l (g1_l · a_l + c_l + g2_l · m_l), then the head."""
 
     def computes(self, block: int, branch: str) -> bool:
         return False
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self._caches(self._all, self.family.branches)
+        return (*self._caches("shallow", self.family.branches), *self._caches("deep", self.family.branches))
 
     def forward(self, tensors: Tensors) -> Tensors:
-        return self._finish(self._add_cached(self._begin(tensors), self._all, tensors), tensors)
+        x = self._add_cached(self._begin(tensors), "shallow", tensors)
+        return self._finish(self._add_cached(x, "deep", tensors), tensors)
 
 
 class Tokens(StepForward):
     """In the deep blocks, all branches but self-attention anew for the K highest-ranked tokens, the rest cached.
 
     What is computed is written back into the cache (ProCache's selective computation, arXiv:2512.17298). K is the
-    length of the input `token_slots`, whose numbers do not matter.
+    length of the input `token_slots`, whose numbers do not matter. Each block chooses its own tokens; its branches
+    choose the same, since they would rank them alike: by one score, one K and one history.
     """
 
     def computes(self, block: int, branch: str) -> bool:
@@ -297,39 +271,53 @@ class Tokens(StepForward):
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         slots = TensorSpec("token_slots", "int64", ("K",))
-        return (slots, *self._caches(self._all, self.family.branches), *self._selection())
+        branches = self.family.branches
+        return (
+            slots,
+            *self._squares,
+            *self._caches("shallow", branches),
+            *self._caches("deep", branches),
+            *self._selection(),
+        )
+
+    @property
+    def _squares(self) -> tuple[TensorSpec, ...]:
+        """The tokens in the order of the squares that the spatial bonus is for."""
+        selector = self.config.selector
+        has_bonus = selector is not None and selector.has_squares
+        return (TensorSpec("token_squares", "int64", (self.num_tokens,)),) if has_bonus else ()
 
     @property
     def writes(self) -> tuple[TensorSpec, ...]:
         recomputed = [branch for branch in self.family.branches if branch != ATTENTION]
-        return (*self._caches(self._deep, recomputed), self._selection()[1])
+        return (*self._caches("deep", recomputed), self._selection()[1])
 
     def forward(self, tensors: Tensors) -> Tensors:
         selector = self.config.selector
         assert selector is not None, "`tokens` needs a selector"
         staleness = tensors["staleness"]
-        ranks = rank(tensors["scores"], staleness, selector, self.family.grid)  # (S, B, N)
+        ranks = rank(tensors["scores"], staleness, selector, tensors.get("token_squares"))  # (S, B, N)
         chosen = ranks.topk(tensors["token_slots"].shape[0], dim=-1).indices  # (S, B, K)
         written = {"next_staleness": (staleness + 1).scatter(-1, chosen, 0.0)}
-        x = self._add_cached(self._begin(tensors), self._shallow, tensors)
-        places = self._places(chosen)  # (S, R·K)
-        for index in self._deep:
-            block, vectors = self.family.block(index), self._vectors(index, tensors)
+        x = self._add_cached(self._begin(tensors), "shallow", tensors)
+        places = self._places(chosen, x.shape[1])  # (S, R·K)
+        for index in self._blocks("deep"):
+            block, read = self.family.block(index), self._read(index, tensors)
             here = places[index - self.deep_start]  # (R·K,)
             for branch in block.branches:
                 out = tensors[cache_name(branch, index)]
                 if branch != ATTENTION:
                     rows = x.flatten(0, 1).index_select(0, here).unflatten(0, (x.shape[0], -1))  # (R, K, D)
-                    fresh = block.branch(branch, rows, vectors).flatten(0, 1)  # (R·K, D)
+                    fresh = block.branch(branch, rows, read).flatten(0, 1)  # (R·K, D)
                     out = out.flatten(0, 1).index_put((here,), fresh).unflatten(0, x.shape[:2])  # (R, N, D)
                     written[f"next_{cache_name(branch, index)}"] = out
-                x = x + block.gated(branch, out, vectors)
+                x = x + block.gated(branch, out, read)
         return self._finish(x, tensors) | written
 
-    def _places(self, chosen: Tensor) -> Tensor:
+    def _places(self, chosen: Tensor, num_tokens: int) -> Tensor:
         """Turn the chosen tokens (S, B, K) into places among all rows' tokens laid end to end, (S, R·K)."""
         by_row = torch.cat([chosen] * self.config.rows_per_image, dim=1)  # (S, R, K)
-        first = self.family.num_tokens * torch.arange(by_row.shape[1], device=chosen.device)
+        first = num_tokens * torch.arange(by_row.shape[1], device=chosen.device)
         return (by_row + first[:, None]).flatten(1)
 
 
@@ -342,4 +330,4 @@ FORWARDS: Final[dict[Forward, type[StepForward]]] = {
 
 
 def _next(spec: TensorSpec) -> TensorSpec:
-    return TensorSpec(f"next_{spec.name}", spec.dtype, spec.shape)
+    return replace(spec, name=f"next_{spec.name}")

@@ -1,4 +1,4 @@
-"""Open a diffusers folder, on disk or on the hub: transformer, scheduler, VAE, labels, and who it is."""
+"""Open a diffusers folder, on disk or on the hub: transformer, scheduler, VAE, labels or text, and who it is."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import diffusers
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
 
 from hemiola_export.errors import ExportError
 from hemiola_export.families import FAMILIES, Family, open_transformer
 from hemiola_export.solver import config_from_identity, scheduler_identity
 from hemiola_runtime.schedule import ModelIdentity, SchedulerIdentity
+
+if TYPE_CHECKING:
+    from hemiola_export.text_encoder import TextEncoder
+    from hemiola_export.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,9 @@ SCHEDULERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
+TEXT_TOKENS: Final[dict[str, int]] = {"PixArtSigmaPipeline": 300}  # S of pipelines that differ from PixArt-α's
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A diffusers pipeline, opened.
@@ -46,7 +54,8 @@ class Model:
         family: the same, opened at its seams.
         scheduler: the scheduler object that the folder names.
         vae: diffusers' AutoencoderKL, or None for a model of pixels.
-        labels: class label → what people call it.
+        labels: class label → what people call it; empty where images are drawn of prompts.
+        text: what prompts go through; None where images are drawn of labels.
     """
 
     identity: ModelIdentity
@@ -55,6 +64,33 @@ class Model:
     scheduler: Any
     vae: Any | None
     labels: dict[str, str]
+    text: Text | None = None
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of the square of pixels that a latent becomes; 1 for a model of pixels."""
+        return 1 if self.vae is None else int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What prompts go through before the transformer sees them.
+
+    Attributes:
+        tokenizer: prompt to S token ids.
+        encoder: transformers' T5EncoderModel, float32.
+        projection: of what it writes to the transformer's width; a part of the transformer.
+    """
+
+    tokenizer: PromptTokenizer
+    encoder: Any
+    projection: nn.Module
+
+    def graph(self, width: int, dtype: torch.dtype = torch.float32) -> TextEncoder:
+        """Return the text encoder as a graph, from token ids (1, S) to embeddings (1, S, D)."""
+        from hemiola_export.text_encoder import TextEncoder
+
+        return TextEncoder(self.encoder, self.projection, self.tokenizer.num_tokens, width, dtype)
 
 
 def load_model(source: str) -> Model:
@@ -71,7 +107,9 @@ def load_model(source: str) -> Model:
     transformer = getattr(diffusers, class_name).from_pretrained(
         folder / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
-    family = open_transformer(transformer)
+    text = _text(folder, index, transformer)
+    settings = {} if text is None else {"num_text_tokens": text.tokenizer.num_tokens}
+    family = open_transformer(transformer, **settings)
     vae = None
     if (folder / "vae").is_dir():
         vae = diffusers.AutoencoderKL.from_pretrained(
@@ -85,7 +123,27 @@ def load_model(source: str) -> Model:
         latent_shape=family.latent_shape,
     )
     scheduler = _scheduler_from_folder(folder / "scheduler")
-    return Model(identity, transformer, family, scheduler, vae, _labels(index, family.num_classes))
+    return Model(identity, transformer, family, scheduler, vae, _labels(index, family.num_classes), text)
+
+
+def _text(folder: Path, index: dict[str, Any], transformer: Any) -> Text | None:
+    """Open tokenizer and text encoder of a model that draws prompts."""
+    if not (folder / "text_encoder").is_dir():
+        return None
+    import transformers  # takes seconds, and models of labels do without
+
+    from hemiola_export.tokenizer import read_tokenizer
+
+    num_tokens = TEXT_TOKENS.get(str(index.get("_class_name")))
+    tokenizer = read_tokenizer(folder / "tokenizer", num_tokens)
+    transformers.utils.logging.disable_progress_bar()  # commands show their own
+    encoder = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    if tokenizer.num_ids > encoder.config.vocab_size:
+        raise ExportError(
+            f"the tokenizer has {tokenizer.num_ids} tokens, but the text encoder embeds {encoder.config.vocab_size}"
+        )
+    projection = getattr(transformer, "caption_projection", None) or nn.Identity()
+    return Text(tokenizer, encoder.eval().requires_grad_(False), projection.eval().requires_grad_(False))
 
 
 def _folder(source: str) -> Path:
@@ -93,7 +151,7 @@ def _folder(source: str) -> Path:
     if path.is_dir():
         return path.resolve()
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ExportError(
             f"{source} is neither a folder nor a model that the hub would give: {str(error).splitlines()[0]}"

@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from hemiola_export.errors import ExportError
-from hemiola_export.export import REFERENCE_GUIDANCE
 from hemiola_export.model import Model
-from hemiola_export.trajectory import Moment, Requests, Trajectory
+from hemiola_export.reference_images import reference_requests
+from hemiola_export.trajectory import Moment, Trajectory
 from hemiola_runtime.bundle import Bundle
 from hemiola_runtime.errors import NumericError
 from hemiola_runtime.graphs import Precision
-from hemiola_runtime.noise import noise_from_seeds
 from hemiola_runtime.probe import Probe
 from hemiola_runtime.schedule import Forward
 
@@ -59,11 +58,7 @@ def compare_forwards(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.family.to(device)
-    requests = Requests(
-        torch.zeros(1, dtype=torch.int64, device=device),
-        torch.from_numpy(noise_from_seeds([0], model.family.latent_shape)).to(device),
-        torch.full((1,), REFERENCE_GUIDANCE, device=device),
-    )
+    requests = reference_requests(model, is_guided=pipeline.guidance == "classifier_free").part(0, 1).to(device)
     found: dict[str, float] = defaultdict(float)
     for name in bundle.manifest.schedules:
         schedule = bundle.schedule(name)
@@ -77,6 +72,7 @@ def compare_forwards(
                 schedule.guidance == "classifier_free",
                 pipeline.deep_start,
                 pipeline.selector,
+                pipeline.pixels_per_latent,
             )
             for moment in trajectory.walk(requests):
                 if moment.index in compared:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hemiola_export.named_module import NamedModule, Tensors
 
-EXAMPLE: Final = {"B": 2, "K": 3, "T": 5}  # no side of 1: torch.export would take it for fixed
+# No side of 1: torch.export would take it for fixed.
+EXAMPLE: Final = {"B": 2, "K": 3, "T": 5, "N": 16, "rows": 6, "columns": 7}
 TORCH_DTYPES: Final = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -28,12 +29,15 @@ def dynamic_shapes(module: NamedModule, rows_per_image: int) -> dict[str, dict[i
     """Return the open sides of every input, as `torch.export` takes them."""
     images = torch.export.Dim("B", min=1, max=4096)
     # No more tokens can be chosen than there are: without the bound torch.export finds it, and begins anew.
-    counts = [spec.shape[-1] for spec in module.inputs if spec.name == "staleness"]
+    counts = [spec.shape[-1] for spec in module.inputs if spec.name == "staleness" and isinstance(spec.shape[-1], int)]
     dimensions = {
         "B": images,
         "R": rows_per_image * images if rows_per_image > 1 else images,
         "K": torch.export.Dim("K", min=1, max=int(counts[0]) if counts else 1 << 16),
         "T": torch.export.Dim("T", min=1, max=1 << 16),
+        "N": torch.export.Dim("N", min=1, max=1 << 16),
+        "rows": torch.export.Dim("rows", min=1, max=1 << 10),
+        "columns": torch.export.Dim("columns", min=1, max=1 << 10),
     }
     return {
         spec.name: {axis: dimensions[side] for axis, side in enumerate(spec.shape) if isinstance(side, str)}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hemiola_export.conditioning import Conditioning, ForwardConfig
 from hemiola_export.families import Family
-from hemiola_export.forwards import FORWARDS, Conditioning, ForwardConfig
+from hemiola_export.forwards import FORWARDS
 from hemiola_export.named_module import Tensors
+from hemiola_export.patches import from_patches, to_patches
+from hemiola_runtime.graphs import STEP_TABLE
+from hemiola_runtime.program import tokens_by_square
 from hemiola_runtime.schedule import Forward, Step, TokenSelector
 from hemiola_runtime.solver_table import SolverTable
 
@@ -20,18 +24,28 @@ class Requests:
     """What images are drawn of.
 
     Attributes:
-        labels: (B,) int64.
+        conditions: what conditioning reads of each image, by name, B first: `labels`, or embedded prompts.
         noise: (B, C, H, W) float32, standard normal.
         guidance: (B,) float32; of no effect without classifier-free guidance.
     """
 
-    labels: Tensor
+    conditions: Mapping[str, Tensor]
     noise: Tensor
     guidance: Tensor
 
+    def __len__(self) -> int:
+        """B."""
+        return len(self.noise)
+
     def part(self, start: int, stop: int) -> Requests:
         """Return the requests from `start` to `stop`."""
-        return Requests(self.labels[start:stop], self.noise[start:stop], self.guidance[start:stop])
+        conditions = {name: values[start:stop] for name, values in self.conditions.items()}
+        return Requests(conditions, self.noise[start:stop], self.guidance[start:stop])
+
+    def to(self, device: str) -> Requests:
+        """Return the same on a device."""
+        conditions = {name: values.to(device) for name, values in self.conditions.items()}
+        return Requests(conditions, self.noise.to(device), self.guidance.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,7 @@ class Trajectory:
         is_guided: classifier-free guidance.
         deep_start: first deep block, None if no step is `deep` or `tokens`.
         selector: None if no step is `tokens`.
+        pixels_per_latent: side of the square of pixels that a latent becomes.
     """
 
     family: Family
@@ -53,6 +68,7 @@ class Trajectory:
     is_guided: bool
     deep_start: int | None = None
     selector: TokenSelector | None = None
+    pixels_per_latent: int = 1
 
     @torch.inference_mode()
     def run(self, requests: Requests, *, batch_size: int = 32, on_step: Callable[[], None] | None = None) -> Tensor:
@@ -63,33 +79,50 @@ class Trajectory:
             batch_size: how many run at once.
             on_step: called after every step of every batch, for progress and interruption.
         """
-        count = len(requests.labels)
+        count = len(requests)
         parts = [requests.part(start, start + batch_size) for start in range(0, count, batch_size)]
         return torch.cat([self._run_batch(part, on_step) for part in parts])
 
     def _run_batch(self, requests: Requests, on_step: Callable[[], None] | None) -> Tensor:
-        state = requests.noise
+        patches = None
         for moment in self.walk(requests):
-            state = moment.after["next_state"]
+            patches = moment.after["next_state"][0]
             if on_step is not None:
                 on_step()
-        return state[0]
+        assert patches is not None
+        height, width = requests.noise.shape[2:]
+        return from_patches(patches, self.family.patch_size, (height, width))
 
     def walk(self, requests: Requests) -> Iterator[Moment]:
         """Run the schedule on all requests at once, on the device that they and the model are on, step by step."""
-        device = requests.labels.device
-        config = ForwardConfig(self.is_guided, self.table.state_rows, self.deep_start, self.selector)
-        forwards = {forward: FORWARDS[forward](self.family, config) for forward in {s.forward for s in self.steps}}
-        timesteps = torch.tensor(self.table.scheduler.timesteps, dtype=torch.float32, device=device)
-        conditioned = Conditioning(self.family, config)({"labels": requests.labels, "timesteps": timesteps})
-        tables = {  # (T, R, 1, D) each
-            name: table.unflatten(0, (len(timesteps), -1)).unsqueeze(2) for name, table in conditioned.items()
+        device, family = requests.noise.device, self.family
+        height, width = requests.noise.shape[2:]
+        grid = (height // family.patch_size, width // family.patch_size)
+        num_tokens = grid[0] * grid[1]
+        config = ForwardConfig(self.is_guided, self.table.state_rows, self.deep_start, self.selector, num_tokens)
+        forwards = {forward: FORWARDS[forward](family, config) for forward in {s.forward for s in self.steps}}
+        conditioning = Conditioning(family, config)
+        given = {
+            **requests.conditions,
+            "timesteps": torch.tensor(self.table.scheduler.timesteps, dtype=torch.float32, device=device),
+            "token_places": token_places(grid, device),
+            "picture_size": self.pixels_per_latent * torch.tensor([height, width], dtype=torch.float32, device=device),
+        }
+        conditioned = conditioning({spec.name: given[spec.name] for spec in conditioning.inputs})
+        per_step = {spec.name for spec in conditioning.outputs if spec.shape[0] in ("T", STEP_TABLE)}
+        tables = {  # (T, R or 1, 1, D) each
+            name: conditioned.pop(name)[:, : family.width].unflatten(0, (len(self.steps), -1)).unsqueeze(2)
+            for name in per_step
         }
         coefficients = torch.tensor(self.table.coefficients, dtype=torch.float32, device=device)
         input_scale = torch.tensor(self.table.input_scale, dtype=torch.float32, device=device)
-        state = torch.zeros((self.table.state_rows, *requests.noise.shape), device=device)
-        state[0] = requests.noise * self.table.init_noise_sigma
-        tensors: Tensors = {"state": state, "guidance": requests.guidance}
+        patches = to_patches(requests.noise * self.table.init_noise_sigma, family.patch_size)
+        state = torch.zeros((self.table.state_rows, *patches.shape), device=device)
+        state[0] = patches
+        tensors: Tensors = {"state": state, "guidance": requests.guidance, **conditioned}
+        if self.selector is not None and self.selector.has_squares:
+            order = tokens_by_square(grid, self.selector.spatial_size)
+            tensors["token_squares"] = torch.tensor(order, device=device)
         for i, step in enumerate(self.steps):
             tensors |= {"coefficients": coefficients[i], "input_scale": input_scale[i]}
             tensors |= {name: table[i] for name, table in tables.items()}
@@ -100,6 +133,12 @@ class Trajectory:
             written = forwards[step.forward](before)
             tensors |= {name.removeprefix("next_"): tensor for name, tensor in written.items()}
             yield Moment(i, step, before, written)
+
+
+def token_places(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """Return where tokens lie in a grid (rows, columns): (N, 2) float32, row and column as shares of its sides."""
+    rows, columns = (torch.arange(side, dtype=torch.float64) / side for side in grid)
+    return torch.cartesian_prod(rows, columns).to(device, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 STAGES: Final = {  # what each stage imports: module, distribution, extra
     "runtime on a CPU": [("numpy", "numpy", ""), ("onnxruntime", "onnxruntime", "cpu"), ("PIL", "pillow", "cpu")],
+    "prompts": [("tokenizers", "tokenizers", "text")],
     "search and export": [
         ("torch", "torch", "search"),
         ("diffusers", "diffusers", "search"),
+        ("transformers", "transformers", "search"),
         ("onnx", "onnx", "search"),
         ("onnxscript", "onnxscript", "search"),
         ("scipy", "scipy", "search"),
@@ -100,7 +102,10 @@ def run(options: argparse.Namespace) -> int:
 def _examine_bundle(bundle: Path) -> int:
     from hemiola_runtime.bundle import open_bundle
 
-    reason = _run_obstacle(open_bundle(bundle).manifest.backend)
+    manifest = open_bundle(bundle).manifest
+    reason = _run_obstacle(manifest.backend)
+    if reason is None and manifest.pipeline.text is not None and not _is_found("tokenizers"):
+        reason = "it draws prompts, and tokenizers is not installed. Install it with: pip install 'hemiola[text]'"
     sys.stdout.write(f"{bundle} runs here\n" if reason is None else f"{bundle} does not run here: {reason}\n")
     return 0 if reason is None else 1
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hemiola.arguments import add_model, load_or_draw
+from hemiola.arguments import add_model, load_or_draw, pixels, positive
 from hemiola_runtime.errors import RequestError
 
 
@@ -36,6 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "fp16", "bf16"),
         help="of matrix products, weights and caches; may be given again for graphs in several; default is fp32",
     )
+    for name, what in (("min", "smallest"), ("max", "largest")):
+        parser.add_argument(
+            f"--{name}-size",
+            type=pixels,
+            metavar="HEIGHTxWIDTH",
+            help=f"{what} picture in pixels that can be drawn; default is the one size that the model is made for",
+        )
+    parser.add_argument(
+        "--tile-size", type=positive, metavar="PIXELS", help="side of what a VAE decodes at once; default is 1024"
+    )
     parser.add_argument(
         "--no-reference",
         action="store_true",
@@ -48,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     """Export."""
     from hemiola.progress import Bar
     from hemiola_export.export import export_pipeline
+    from hemiola_export.sizes import Sizes
     from hemiola_runtime.schedule import Schedule, read_schedule
 
     schedules: dict[str, Schedule] = {}
@@ -73,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
             options.out,
             format=options.format,
             precisions=options.precision or ["fp32"],
+            sizes=Sizes(options.min_size, options.max_size, options.tile_size),
             has_reference=not options.no_reference,
             progress=progress,
         )

@@ -80,12 +80,21 @@ def _schedule(schedule: Schedule) -> list[str]:
 
 def _pipeline(pipeline: Pipeline) -> list[str]:
     model = pipeline.model
+    subjects = f"{len(pipeline.labels)} classes"
+    if pipeline.text is not None:
+        subjects = f"prompts of up to {pipeline.text.num_tokens} tokens"
+    images = "×".join(map(str, pipeline.image_shape(pipeline.size)))
+    if pipeline.min_size != pipeline.max_size:
+        least, most = (
+            "×".join(map(str, pipeline.image_shape(size)[:2])) for size in (pipeline.min_size, pipeline.max_size)
+        )
+        images += f", from {least} to {most}"
+    if pipeline.tile_size is not None:
+        images += f", decoded in tiles of {pipeline.tile_size * pipeline.pixels_per_latent} pixels where larger"
     return [
         f"  {model.name} ({model.family}): {pipeline.num_blocks} blocks, width {pipeline.width}, "
-        f"{pipeline.num_tokens} tokens, latents {'×'.join(map(str, model.latent_shape))}, "
-        f"{len(pipeline.labels)} classes",
-        f"  guidance {pipeline.guidance}; solver state of {pipeline.state_rows} rows; "
-        f"images {'×'.join(map(str, pipeline.image_shape))}",
+        f"{pipeline.num_tokens} tokens, latents {'×'.join(map(str, model.latent_shape))}, {subjects}",
+        f"  guidance {pipeline.guidance}; solver state of {pipeline.state_rows} rows; images {images}",
     ]
 
 
@@ -134,17 +143,31 @@ def _layout(manifest: Manifest) -> list[str]:
 
 def _bundle(path: Path) -> list[str]:
     """Describe a bundle; its engines are not loaded, so this works on any machine."""
+    from hemiola_runtime.artifacts import in_words
     from hemiola_runtime.bundle import open_bundle
+    from hemiola_runtime.components import Components
     from hemiola_runtime.memory import plan_memory
     from hemiola_runtime.program import lower
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
     schedules = {name: bundle.schedule(name) for name in manifest.schedules}
+    largest = manifest.pipeline.max_size
     programs = [
-        lower(manifest, schedule, bundle.solver_table(schedule), manifest.max_batch_size)
+        lower(manifest, schedule, bundle.solver_table(schedule), manifest.max_batch_size, size)
         for schedule in schedules.values()
+        for size in manifest.pipeline.demanding_sizes
     ]
+    components = Components.num_bytes(manifest)
+    plan = plan_memory(manifest, max(program.num_bytes for program in programs), 1, components)
+    caches = {
+        images: max(
+            lower(manifest, schedule, bundle.solver_table(schedule), images, largest).cache_bytes
+            for schedule in schedules.values()
+        )
+        for images in dict.fromkeys((1, manifest.max_batch_size))
+    }
+    of_caches = ", ".join(f"{in_words(size)} for {images} images" for images, size in caches.items())
     backend = manifest.backend
     tied = [f"on {backend.gpu}"] if backend.gpu else []
     tied += [f"compute capability {', '.join(backend.compute_capabilities)}"] if backend.compute_capabilities else []
@@ -153,14 +176,15 @@ def _bundle(path: Path) -> list[str]:
         + f", up to {manifest.max_batch_size} images at once",
         *_pipeline(manifest.pipeline),
         *_layout(manifest),
-        f"  memory of a sampler: {plan_memory(manifest, max(program.num_bytes for program in programs), 1)}",
+        f"  memory of a sampler: {plan}",
+        f"  caches among it: {of_caches}".replace("1 images", "1 image"),
     ]
     for name, schedule in schedules.items():
         parity = manifest.parity.get(name)
         differs = "" if parity is None else f"; differs from PyTorch by {parity:.1e}"
         lines += [f"  {name}: {schedule.scheduler.label}, {schedule.summary}{differs}", f"    {schedule.rhythm}"]
     lines += [f"  {name}: differs from PyTorch by {d:.1e} per step" for name, d in manifest.forward_parity.items()]
-    names = list(manifest.pipeline.labels.items())
-    shown = ", ".join(f"{label} {name}" for label, name in names[:12])
-    lines.append(f"  labels: {shown}{', …' if len(names) > 12 else ''}")
+    if names := list(manifest.pipeline.labels.items()):
+        shown = ", ".join(f"{label} {name}" for label, name in names[:12])
+        lines.append(f"  labels: {shown}{', …' if len(names) > 12 else ''}")
     return lines

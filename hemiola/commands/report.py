@@ -10,8 +10,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hemiola.arguments import check_output_file, positive
+
+if TYPE_CHECKING:
+    from hemiola_runtime.pipeline import Pipeline
+    from hemiola_search.record import SearchRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,6 @@ def run(options: argparse.Namespace) -> int:
     with Sampler.open(options.bundle, cuda_graphs=False) as sampler:  # launch by launch, to time each engine
         manifest, schedules = sampler.manifest, sampler.schedules
         has_guidance = manifest.pipeline.guidance != "none"
-        classes = len(manifest.pipeline.labels)
         batch_size = min(options.batch_size, manifest.max_batch_size)
         images = {}
         with Bar("report", total=len(schedules) * (options.repeats + 2), unit="request") as bar:
@@ -51,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
                 bar.stage(f"images of {name}")
                 parts = [
                     sampler.generate(
-                        labels=[i % classes for i in range(start, min(start + batch_size, options.images))],
+                        **_subjects(manifest.pipeline, record, range(start, min(start + batch_size, options.images))),
                         seeds=options.seed + start,
                         guidance_scale=record.guidance_scale if has_guidance else None,
                         schedule=name,
@@ -83,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
                 machine=machine,
                 pictures={name: as_png(row_of(drawn)) for name, drawn in images.items()},
                 differences={name: as_png(row_of(drawn)) for name, drawn in differences.items()},
+                prompts=_subjects(manifest.pipeline, record, range(options.images)).get("prompts", ()),
             )
         )
         found = sampler.default_schedule
@@ -105,3 +110,13 @@ def run(options: argparse.Namespace) -> int:
     sys.stdout.write(f"{found} is {measured[found].speedup:.2f}× faster than uncached\n")
     sys.stdout.write(f"wrote {options.out}, {options.out.with_suffix('.json').name} and {grid.name}\n")
     return 0
+
+
+def _subjects(pipeline: Pipeline, record: SearchRecord, places: range) -> dict[str, Any]:
+    """Return what is drawn at some places of the report's rows: classes in turn, or prompts of the search in turn."""
+    if pipeline.text is None:
+        return {"labels": [i % len(pipeline.labels) for i in places]}
+    from hemiola_runtime.bench import PROMPT
+
+    prompts = record.prompts or (PROMPT,)
+    return {"prompts": [prompts[i % len(prompts)] for i in places]}

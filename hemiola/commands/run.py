@@ -15,9 +15,16 @@ from hemiola.arguments import check_output_file, positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder from `hemiola build`")
-    parser.add_argument("--label", action="append", required=True, help="number or name; may be given again")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--label", action="append", help="number or name of a class; may be given again")
+    subject.add_argument("--prompt", action="append", help="what to draw; may be given again")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from; default is the empty prompt")
+    parser.add_argument("--height", type=positive, help="of the pictures in pixels; default is the bundle's")
+    parser.add_argument("--width", type=positive, help="likewise")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up")
-    parser.add_argument("--guidance-scale", type=float, help="default is 4 where the bundle has guidance")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="default is what the bundle's first schedule was searched with"
+    )
     parser.add_argument("--schedule", help="name of one of the bundle's, or a schedule file; default is its first")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="several images become a row")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write what ran, and how long it took")
@@ -33,12 +40,21 @@ def run(options: argparse.Namespace) -> int:
 
     check_output_file(options.out)
     check_output_file(options.report)
-    labels = [int(label) if re.fullmatch(r"-?[0-9]+", label) else label for label in options.label]
+    labels = options.label and [int(text) if re.fullmatch(r"-?[0-9]+", text) else text for text in options.label]
     with Sampler.open(options.bundle, schedule=options.schedule, num_threads=options.threads) as sampler:
         steps = len(sampler.schedules[sampler.default_schedule].steps)
         with Bar("run", total=steps, unit="step") as bar:
             result = None
-            for progress in sampler.stream(labels=labels, seeds=options.seed, guidance_scale=options.guidance_scale):
+            steps_done = sampler.stream(
+                labels=labels,
+                prompts=options.prompt,
+                negative_prompts=options.negative_prompt,
+                seeds=options.seed,
+                guidance_scale=options.guidance_scale,
+                height=options.height,
+                width=options.width,
+            )
+            for progress in steps_done:
                 bar.stage(progress.forward)
                 bar.advance()
                 result = progress.result
@@ -48,5 +64,7 @@ def run(options: argparse.Namespace) -> int:
         written[options.report] = (json.dumps(asdict(result.report), indent=1) + "\n").encode()
     write_together(written)
     report = result.report
+    for prompt, num_tokens in (report.text.truncated if report.text else {}).items():
+        sys.stderr.write(f"warning: the prompt {prompt[:60]!r} has {num_tokens} tokens; its end was not read\n")
     sys.stdout.write(f"{report.schedule}: {report.rhythm}\n{report.wall_ms:.0f} ms; wrote {options.out}\n")
     return 0

@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler-option", action="append", default=[], metavar="KEY=VALUE", help="as use_karras_sigmas=True"
     )
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps T")
+    parser.add_argument("--steps", type=positive, help="denoising steps T; default is 50, and 20 for PixArt")
     parser.add_argument("--strategy", default="procache", help="procache, uniform, fewer_steps or published")
-    parser.add_argument("--budget", type=positive, default=17, help="full steps among the T")
+    parser.add_argument("--budget", type=positive, help="full steps among the T; default is 17, and 7 for PixArt")
     parser.add_argument("--v-min", type=int, default=1, help="fewest cached steps after a full one (ProCache)")
     parser.add_argument("--v-max", type=int, help="most; default is the mean segment, rounded up")
     parser.add_argument(
@@ -36,17 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deep-ratio", type=float, default=0.25, help="share of blocks that are deep")
     parser.add_argument(
         "--selector",
-        choices=("value_norm", "output_norm", "attention", "random"),
+        choices=("value_norm", "output_norm", "attention", "cross_attention_entropy", "random"),
         default="value_norm",
         help="score by which tokens are ranked",
     )
     parser.add_argument("--staleness-weight", type=float, default=0.0625, help="added per step a token went uncomputed")
     parser.add_argument("--spatial-bonus", type=float, default=0.6, help="extra for the best token of each square")
     parser.add_argument("--spatial-size", type=int, default=2, help="side of these squares in tokens")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the trajectories; 0 for no guidance")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="of the trajectories; 0 for no guidance; default is 4, and 4.5 for PixArt"
+    )
     parser.add_argument("--images", type=positive, default=20, help="images that candidates are scored on")
     parser.add_argument("--held-out", type=int, default=60, help="other images, for the figures of the result")
     parser.add_argument("--judge", type=Path, help="folder of a judge; default is MODEL/judge where it exists")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts to score on, one on each line; default is the judge's"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -68,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     with Bar("search", unit="step") as bar:
         bar.stage("loading")
         model = load_or_draw(options.model, options.random_weights)
+        steps, budget, guidance_scale = _papers_choice(options, model)
         scheduler = make_scheduler(model, options.scheduler, _options(options.scheduler_option))
         try:
             selector = TokenSelector(
@@ -76,20 +82,20 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise RequestError(str(error)) from error
         settings = SearchOptions(
-            budget=options.budget,
+            budget=budget,
             v_min=options.v_min,
             v_max=options.v_max,
             selective=options.selective,
             token_ratio=options.token_ratio,
             deep_ratio=options.deep_ratio,
             selector=selector,
-            guidance_scale=options.guidance_scale,
+            guidance_scale=guidance_scale,
             num_images=options.images,
             num_held_out=options.held_out,
             seed=options.seed,
         )
-        guidance: Any = "classifier_free" if options.guidance_scale else "none"
-        problem = problem_for(model, scheduler, options.steps, settings, guidance)
+        guidance: Any = "classifier_free" if guidance_scale else "none"
+        problem = problem_for(model, scheduler, steps, settings, guidance)
         if options.random_weights:
             return _write({options.out: unmeasured_schedule(model, problem)}, options.out)
         found = find_schedule(
@@ -97,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
             problem,
             options.strategy,
             _judge(options, Judge),
+            subjects=_subjects(options, model),
             on_step=bar.advance,
             on_stage=bar.stage,
         )
@@ -104,6 +111,17 @@ def run(options: argparse.Namespace) -> int:
     baselines = {folder / "baselines" / f"{name}.json": schedule for name, schedule in found.baselines.items()}
     artifacts = {**baselines, folder / "search.json": found.record, options.out: found.schedule}
     return _write(artifacts, options.out)
+
+
+def _papers_choice(options: argparse.Namespace, model: Any) -> tuple[int, int, float]:
+    """Return T, the budget and the guidance scale: what was asked for, or else what ProCache measured this family with.
+
+    A budget that was not asked for keeps the paper's share of the steps that were.
+    """
+    steps, budget, scale = (50, 17, 4.0) if model.text is None else (20, 7, 4.5)
+    asked = options.steps or steps
+    share = max(1, round(budget * asked / steps))
+    return asked, options.budget or share, scale if options.guidance_scale is None else options.guidance_scale
 
 
 def _write(artifacts: dict[Path, Any], out: Path) -> int:
@@ -119,8 +137,27 @@ def _write(artifacts: dict[Path, Any], out: Path) -> int:
 
 
 def _judge(options: argparse.Namespace, judge: type[Any]) -> Any:
+    folder = _judge_folder(options)
+    return None if folder is None else judge(folder)
+
+
+def _judge_folder(options: argparse.Namespace) -> Path | None:
     folder: Path = options.judge or Path(options.model) / "judge"
-    return judge(folder) if options.judge is not None or folder.is_dir() else None
+    return folder if options.judge is not None or folder.is_dir() else None
+
+
+def _subjects(options: argparse.Namespace, model: Any) -> Any:
+    """Return the prompts of a model that draws them."""
+    from hemiola_export.prompts import read_prompts
+    from hemiola_search.tasks import Subjects, judged_prompts
+
+    if model.text is None:
+        if options.prompts is not None:
+            raise RequestError("the model draws images of labels; leave --prompts out")
+        return Subjects()
+    folder = _judge_folder(options)
+    known = judged_prompts(folder) if folder is not None else Subjects()
+    return known if options.prompts is None else Subjects(tuple(read_prompts(options.prompts)), known.answers)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from hemiola_runtime.backends import cuda
 from hemiola_runtime.manifest import BackendSpec
+from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.report import RunReport
 from hemiola_runtime.sampler import Sampler
 
@@ -25,6 +26,8 @@ GPU_FIELDS: Final = (  # of `nvidia-smi --query-gpu`
     *("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu"),
     *("utilization.gpu", "memory.used", "memory.total"),
 )
+
+PROMPT: Final = "a red circle left of a blue square"  # that measurements draw
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -156,6 +159,7 @@ def measure(
     against: str,
     batch_size: int,
     repeats: int,
+    subjects: Callable[[], dict[str, Any]] | None = None,
     on_request: Callable[[], None] = lambda: None,
 ) -> dict[str, Measurement]:
     """Measure schedules in turn.
@@ -166,18 +170,30 @@ def measure(
         against: the schedule that speed-ups refer to; measured with the others.
         batch_size: images in one request.
         repeats: requests of each schedule that count; one before them does not.
+        subjects: gives what each request draws, as arguments of `generate`; None for the same every time.
         on_request: told after every request.
     """
     names = dict.fromkeys([against, *schedules])
-    requests = {name: partial(sample, sampler, name, batch_size) for name in names}
+    drawn = subjects or partial(subjects_of, sampler.manifest.pipeline, batch_size)
+    requests = {name: partial(_report, sampler, name, drawn) for name in names}
     reports = in_turn(requests, repeats, on_request=on_request)
     return {name: summary(reports[name], reports[against]) for name in names}
 
 
+def _report(sampler: Sampler, schedule: str, subjects: Callable[[], dict[str, Any]]) -> RunReport:
+    return sampler.generate(**subjects(), schedule=schedule).report
+
+
 def sample(sampler: Sampler, schedule: str, batch_size: int) -> RunReport:
-    """Draw a batch of the first classes, and return what ran."""
-    classes = len(sampler.manifest.pipeline.labels)
-    return sampler.generate(labels=[i % classes for i in range(batch_size)], schedule=schedule).report
+    """Draw a batch of the first classes, or of one prompt, and return what ran."""
+    return _report(sampler, schedule, partial(subjects_of, sampler.manifest.pipeline, batch_size))
+
+
+def subjects_of(pipeline: Pipeline, batch_size: int) -> dict[str, Any]:
+    """Return what measurements draw: the first classes in turn, or pictures of one prompt."""
+    if pipeline.text is not None:
+        return {"prompts": [PROMPT] * batch_size}
+    return {"labels": [i % len(pipeline.labels) for i in range(batch_size)]}
 
 
 def summary(reports: Sequence[RunReport], base: Sequence[RunReport]) -> Measurement:

@@ -14,6 +14,7 @@ from hemiola_runtime.pipeline import Pipeline
 
 GRAPHS_FILE: Final = "graphs.json"
 REFERENCE_FILE: Final = "reference.npz"
+TOKENIZER_FILE: Final = "tokenizer.json"  # of a model that draws prompts
 UNCACHED: Final = "full"  # name of the schedule that computes everything at every step; every bundle has it
 
 
@@ -35,7 +36,7 @@ class GraphSet:
     """The folder that export leaves: graphs and weights in one precision or several, schedules, solver tables.
 
     Attributes:
-        schema: of the file, now 2.
+        schema: of the file, now 3.
         pipeline: what the graphs compute.
         format: of the graphs' files: ONNX, or PyTorch's exported programs, which only its own compiler builds from.
         precisions: the graphs, by precision.
@@ -45,7 +46,7 @@ class GraphSet:
         made_by: command and versions.
     """
 
-    schema: Literal[2]
+    schema: Literal[3]
     pipeline: Pipeline
     format: GraphFormat
     precisions: dict[str, Graphs]

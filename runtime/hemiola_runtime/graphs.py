@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+TEXT_ENCODER: Final = "text_encoder"  # engine that runs once for a prompt, whatever is drawn of it
 CONDITIONING: Final = "conditioning"  # engine that runs once, ahead of the steps
-VAE_DECODER: Final = "vae_decoder"  # engine that runs once, after them
+VAE_DECODER: Final = "vae_decoder"  # engine that runs once, after them; or once for each tile of a large picture
 FRONT: Final = "front"  # graph of the shallow blocks of `full`; `deep` goes on from there
 WEIGHTS_FILE: Final = "weights.bin"
 
 STEP_TABLE: Final = "TR"  # first side of a table that conditioning writes: T steps of R rows each
 
-SYMBOLS: Final = ("B", "R", "K", "T", STEP_TABLE)
+SYMBOLS: Final = ("B", "R", "K", "T", STEP_TABLE, "N", "rows", "columns", "height", "width")
 
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 ITEMSIZE: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
@@ -31,7 +32,9 @@ class TensorSpec:
     Attributes:
         name: as in the graph.
         dtype: element type.
-        shape: integers, or the symbols B images, R rows (2B under guidance), K tokens, T model evaluations, TR = T·R.
+        shape: integers, or the symbols B images, R rows (2B under guidance), K selected tokens, T model evaluations,
+            TR = T·R; and, where pictures differ in size, N tokens in `rows` and `columns`, `height` and `width` in
+            pixels.
     """
 
     name: str
@@ -72,7 +75,7 @@ class GraphSpec:
     """One graph.
 
     Attributes:
-        name: a forward, `front`, `conditioning` or `vae_decoder`.
+        name: a forward, `front`, `conditioning`, `text_encoder` or `vae_decoder`.
         file: within its folder.
         sha256: of the file.
         inputs: in the graph's order. An output `next_x` replaces the tensor `x`.

@@ -11,12 +11,13 @@ from hemiola_runtime.artifacts import MadeBy, sha256_of
 from hemiola_runtime.codec import as_json, write_json
 from hemiola_runtime.errors import IntegrityError, ScheduleError
 from hemiola_runtime.folders import check_path, read_description
-from hemiola_runtime.graph_set import UNCACHED
-from hemiola_runtime.graphs import CONDITIONING, GraphSpec, Precision
+from hemiola_runtime.graph_set import TOKENIZER_FILE, UNCACHED
+from hemiola_runtime.graphs import CONDITIONING, TEXT_ENCODER, GraphSpec, Precision
 from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.schedule import Forward, SchedulerIdentity
 
 MANIFEST_FILE: Final = "manifest.json"
+PROFILE_SYMBOLS: Final = ("B", "K", "T", "N", "rows", "columns")  # those that are free; the others follow from them
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,15 @@ class Profile:
     """The sizes that an engine was tuned for, as in TensorRT's optimization profiles.
 
     Attributes:
-        sides: smallest, likeliest and largest number behind those of the symbols B, K and T that its inputs have.
+        sides: smallest, likeliest and largest number behind those of the symbols B, K, T, N, `rows` and `columns` that
+            its inputs have.
     """
 
     sides: dict[str, tuple[int, int, int]]
 
     def __post_init__(self) -> None:
         for symbol, (least, likely, most) in self.sides.items():
-            if symbol not in ("B", "K", "T") or not 1 <= least <= likely <= most:
+            if symbol not in PROFILE_SYMBOLS or not 1 <= least <= likely <= most:
                 raise ValueError(f"{symbol} = {least} ≤ {likely} ≤ {most} is no side of a profile")
 
     def covers(self, symbols: Mapping[str, int]) -> bool:
@@ -86,7 +88,7 @@ class Manifest:
     """The folder that is deployed.
 
     Attributes:
-        schema: of the file, now 2.
+        schema: of the file, now 3.
         backend: what runs the engines.
         pipeline: what they compute.
         precision: of matrix products, weights and caches.
@@ -103,7 +105,7 @@ class Manifest:
         digest: SHA-256 over all of the above; set when the manifest is written, checked when it is read.
     """
 
-    schema: Literal[2]
+    schema: Literal[3]
     backend: BackendSpec
     pipeline: Pipeline
     precision: Precision
@@ -126,6 +128,10 @@ class Manifest:
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but has no digest in `files`")
         wanted = {CONDITIONING, *(engine for chain in self.forwards.values() for engine in chain)}
+        if self.pipeline.text is not None:
+            wanted.add(TEXT_ENCODER)
+            if TOKENIZER_FILE not in self.files:
+                raise ValueError(f"images are drawn of prompts, but there is no {TOKENIZER_FILE}")
         if missing := wanted - set(self.engines):
             raise ValueError(f"there is no engine {', '.join(sorted(missing))}")
         if unknown := set(self.forwards) - {forward.value for forward in Forward}:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hemiola_runtime.artifacts import in_words
 from hemiola_runtime.backends import entry_of
 from hemiola_runtime.errors import CapacityError
-from hemiola_runtime.graphs import VAE_DECODER, WEIGHTS_FILE
+from hemiola_runtime.graphs import TEXT_ENCODER, VAE_DECODER, WEIGHTS_FILE
 from hemiola_runtime.manifest import Manifest
 
 
@@ -21,21 +22,28 @@ class MemoryPlan:
         workspace_bytes: caches, modulation tables and solver state of one request at the largest batch size.
         activation_bytes: estimate of the intermediate tensors of the largest engine, for one request.
         max_concurrency: requests that run at once.
+        components_bytes: of the text encoder and the decoder of tiles, which all requests share.
+        num_components: how many of these there are.
     """
 
     weights_bytes: int
     workspace_bytes: int
     activation_bytes: int
     max_concurrency: int
+    components_bytes: int = 0
+    num_components: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.weights_bytes + self.max_concurrency * (self.workspace_bytes + self.activation_bytes)
+        of_requests = self.max_concurrency * (self.workspace_bytes + self.activation_bytes)
+        return self.weights_bytes + self.components_bytes + of_requests
 
     def __str__(self) -> str:
+        components = f"{in_words(self.components_bytes)} text and tiles + " if self.components_bytes else ""
         return (
-            f"{in_words(self.total_bytes)} = {in_words(self.weights_bytes)} weights + {self.max_concurrency} × "
+            f"{in_words(self.total_bytes)} = {in_words(self.weights_bytes)} weights + {components}"
+            f"{self.max_concurrency} × "
             f"({in_words(self.workspace_bytes)} caches and states + {in_words(self.activation_bytes)} activations)"
         )
 
@@ -51,8 +59,9 @@ class MemoryPlan:
         self._refuse_beyond(self.total_bytes, available_bytes, "")
 
     def with_activation(self, activation_bytes: int) -> MemoryPlan:
-        """Return the plan with the engines' own word on their intermediate tensors in place of the estimate."""
-        return replace(self, activation_bytes=activation_bytes)
+        """Return the plan with the engines' own word on the intermediate tensors of any workspace."""
+        components_bytes = self.components_bytes + self.num_components * activation_bytes
+        return replace(self, activation_bytes=activation_bytes, components_bytes=components_bytes)
 
     def check_workspaces(self, available_bytes: int | None) -> None:
         """Refuse workspaces that do not fit, once the weights are loaded.
@@ -70,15 +79,17 @@ class MemoryPlan:
             )
 
 
-def plan_memory(manifest: Manifest, workspace_bytes: int, max_concurrency: int) -> MemoryPlan:
-    """Add up what serving takes."""
+def plan_memory(
+    manifest: Manifest, workspace_bytes: int, max_concurrency: int, components: Sequence[int] = ()
+) -> MemoryPlan:
+    """Add up what serving takes; `components` are the bytes of each workspace that all requests share."""
     images = manifest.max_batch_size
     rows = images * manifest.pipeline.rows_per_image
-    activation = max(
-        (images if name == VAE_DECODER else rows) * graph.activation_bytes_per_row  # a decoder's row is an image
-        for name, graph in manifest.graphs.items()
+    count = {VAE_DECODER: images, TEXT_ENCODER: 1}  # a decoder's row is an image, a text encoder's a prompt
+    activation = max(count.get(name, rows) * graph.activation_bytes_per_row for name, graph in manifest.graphs.items())
+    return MemoryPlan(
+        _weights_bytes(manifest), workspace_bytes, activation, max_concurrency, sum(components), len(components)
     )
-    return MemoryPlan(_weights_bytes(manifest), workspace_bytes, activation, max_concurrency)
 
 
 def _weights_bytes(manifest: Manifest) -> int:

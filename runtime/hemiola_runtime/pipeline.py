@@ -2,57 +2,149 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from hemiola_runtime.errors import ScheduleError
 from hemiola_runtime.graphs import STEP_TABLE
-from hemiola_runtime.schedule import ModelIdentity, Schedule, TokenSelector
+from hemiola_runtime.schedule import ModelIdentity, Schedule, Step, TokenSelector
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """What prompts become.
+
+    Attributes:
+        num_tokens: S, tokens of a prompt with its padding; longer prompts are cut.
+        width: D of an embedded token.
+    """
+
+    num_tokens: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What the graphs compute, whatever runs them.
 
+    Sizes are (H, W) in latents.
+
     Attributes:
-        model: the model they were exported from.
+        model: the model they were exported from; its latent shape is that of the size that is drawn by default.
         guidance: `classifier_free` or `none`.
         num_blocks: L.
         width: D.
-        num_tokens: N.
+        patch_size: p; a token stands for p × p latents.
         branches: modules of a block that are cached, in the order of their residual sums.
         state_rows: 1 + k, the sample and the solver's history.
         deep_start: first deep block of `deep` and `tokens`, None if neither was exported.
         selector: of `tokens`, None if it was not exported.
-        labels: class label → what people call it.
-        image_shape: (height, width, channels) of one picture.
+        labels: class label → what people call it; empty where images are drawn of prompts.
+        text: of prompts; None where images are drawn of labels.
+        min_size: smallest H and W that can be drawn.
+        max_size: largest; the same as the smallest where all pictures have one size.
+        pixels_per_latent: side of the square of pixels that a latent becomes; 1 for a model of pixels.
+        image_channels: of a picture; 3 RGB, 1 grey.
+        tile_size: H and W of the latents that the decoder takes at once, where larger ones are cut; None if it takes
+            all.
+        guidance_scale: of requests that name none: what the first schedule was searched with.
     """
 
     model: ModelIdentity
     guidance: Literal["classifier_free", "none"]
     num_blocks: int
     width: int
-    num_tokens: int
+    patch_size: int
     branches: tuple[str, ...]
     state_rows: int
     deep_start: int | None
     selector: TokenSelector | None
     labels: dict[str, str]
-    image_shape: tuple[int, int, int]
+    text: TextSpec | None
+    min_size: tuple[int, int]
+    max_size: tuple[int, int]
+    pixels_per_latent: int
+    image_channels: int
+    tile_size: int | None
+    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
-        if list(self.labels) != [str(label) for label in range(len(self.labels))] or not self.labels:
+        if list(self.labels) != [str(label) for label in range(len(self.labels))]:
             raise ValueError("labels are numbered from 0, one after the other")
+        if bool(self.labels) == (self.text is not None):
+            raise ValueError("images are drawn of labels or of prompts, one of the two")
+        if min(self.patch_size, self.pixels_per_latent, self.image_channels, self.tile_size or 1) < 1:
+            raise ValueError("patch_size, pixels_per_latent, image_channels and tile_size are 1 or more")
+        for least, side, most in zip(self.min_size, self.size, self.max_size, strict=True):
+            if not 1 <= least <= side <= most:
+                raise ValueError(f"the sides {least} ≤ {side} ≤ {most} of a picture are out of order")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) that is drawn by default."""
+        return self.model.latent_shape[1:]
+
+    @property
+    def num_tokens(self) -> int:
+        """N at that size."""
+        return self.tokens_of(self.size)
 
     @property
     def rows_per_image(self) -> int:
         """2 under classifier-free guidance, else 1."""
         return 2 if self.guidance == "classifier_free" else 1
 
-    def symbols(self, batch_size: int, num_evaluations: int, num_selected: int = 0) -> dict[str, int]:
-        """Return the number behind every symbol of a shape."""
+    def tokens_of(self, size: tuple[int, int]) -> int:
+        """Return N at some size."""
+        return math.prod(self.grid_of(size))
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, columns) of tokens at some size."""
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def image_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Return (height, width, channels) of a picture of some size."""
+        return size[0] * self.pixels_per_latent, size[1] * self.pixels_per_latent, self.image_channels
+
+    def is_tiled(self, size: tuple[int, int]) -> bool:
+        """Tell whether latents of some size are decoded in tiles."""
+        return self.tile_size is not None and max(size) > self.tile_size
+
+    def tile_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (H, W) of what the decoder takes at once of latents of some size."""
+        if self.tile_size is None:
+            return size
+        return min(size[0], self.tile_size), min(size[1], self.tile_size)
+
+    @property
+    def demanding_sizes(self) -> set[tuple[int, int]]:
+        """The sizes one of which takes the most memory: the largest, and the largest that is decoded at once."""
+        return {self.max_size, self.tile_of(self.max_size)}
+
+    def symbols(self, batch_size: int, num_evaluations: int, size: tuple[int, int] | None = None) -> dict[str, int]:
+        """Return the number behind every symbol of a shape; K, which differs from step to step, is 0."""
+        size = self.size if size is None else size
         rows = batch_size * self.rows_per_image
-        return {"B": batch_size, "R": rows, "K": num_selected, "T": num_evaluations, STEP_TABLE: num_evaluations * rows}
+        grid, (height, width, _) = self.grid_of(size), self.image_shape(size)
+        return {
+            "B": batch_size,
+            "R": rows,
+            "K": 0,
+            "T": num_evaluations,
+            STEP_TABLE: num_evaluations * rows,
+            "N": math.prod(grid),
+            "rows": grid[0],
+            "columns": grid[1],
+            "height": height,
+            "width": width,
+        }
+
+    def selected_tokens(self, step: Step, size: tuple[int, int]) -> int:
+        """Return K of a step at some size: the share of tokens that the schedule recomputes at its own."""
+        if step.tokens is None:
+            return 0
+        return max(1, round(step.tokens * self.tokens_of(size) / self.num_tokens))
 
     def check_schedule(self, schedule: Schedule, forwards: set[str]) -> None:
         """Make sure that a schedule was made for this pipeline.

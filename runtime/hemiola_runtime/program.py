@@ -13,7 +13,7 @@ from typing import Final
 
 from hemiola_runtime.errors import BundleError, ScheduleError
 from hemiola_runtime.graphs import CONDITIONING, ITEMSIZE, STEP_TABLE, VAE_DECODER, DType, TensorSpec
-from hemiola_runtime.manifest import Manifest
+from hemiola_runtime.manifest import PROFILE_SYMBOLS, Manifest
 from hemiola_runtime.schedule import Schedule
 from hemiola_runtime.solver_table import SolverTable
 
@@ -53,7 +53,7 @@ class Launch:
     Attributes:
         engine: its name.
         step: which model evaluation this is part of; None for conditioning and decoder.
-        sizes: the number behind each symbol of the shapes: B, K (0 without selected tokens), T.
+        sizes: the number behind each free symbol of the shapes; K is 0 without selected tokens.
         tensors: where each input and output of the engine lies.
     """
 
@@ -73,16 +73,16 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What runs a schedule for one batch size.
+    """What runs a schedule for one batch size and one size of pictures; or one engine alone.
 
     Constants lie at the start of the workspace and inputs behind them, so that each is written in one copy.
 
     Attributes:
         launches: in order.
         constants: written when the program is the first on a workspace, or another has used it since.
-        inputs: what every request writes: `state` (row 0 the initial latents, the others zero), `labels`, `guidance`.
-        latents: where the final latents are.
-        images: where the decoded images are; None without a decoder.
+        inputs: what every request writes: `state` (row 0 the initial latents, the others zero), what images are drawn
+            of, `guidance`.
+        results: what is read back: `latents` (B, N, P), and `images` if a decoder runs.
         staged_bytes: of constants and inputs, from the start of the workspace.
         num_bytes: of the workspace.
     """
@@ -90,10 +90,15 @@ class Program:
     launches: tuple[Launch, ...]
     constants: tuple[Constant, ...]
     inputs: Mapping[str, Placed]
-    latents: Placed
-    images: Placed | None
+    results: Mapping[str, Placed]
     staged_bytes: int
     num_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches, second places of those that are read and written by one launch included."""
+        named = ((name, place) for launch in self.launches for name, place in launch.tensors.items())
+        return sum(place.num_bytes for place in {place for name, place in named if "_cache." in name})
 
 
 class _Layout:
@@ -128,8 +133,10 @@ def check_alignment(program: Program, alignment: int) -> None:
                 )
 
 
-def lower(manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int) -> Program:
-    """Lower a schedule for one batch size.
+def lower(
+    manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int, size: tuple[int, int] | None = None
+) -> Program:
+    """Lower a schedule for one batch size and one size of pictures.
 
     An output `next_x` takes the place of `x`. Where the same launch also reads `x`, it goes to a second place and the
     two swap roles, since no backend promises to read and write one tensor in place.
@@ -139,59 +146,76 @@ def lower(manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size
         schedule: checked against the pipeline.
         table: of the schedule's scheduler, with the pipeline's number of state rows.
         batch_size: B.
+        size: (H, W) in latents, within the pipeline's; None for its default.
 
     Raises:
         ScheduleError: an engine was not built for the sizes that the schedule asks for.
     """
-    return _Lowering(manifest, schedule, table, batch_size).run()
+    return _Lowering(manifest, schedule, table, batch_size, size or manifest.pipeline.size).run()
+
+
+def lower_alone(manifest: Manifest, engine: str, batch_size: int, size: tuple[int, int] | None = None) -> Program:
+    """Lower one engine that runs by itself: its inputs are a request's, its outputs the results."""
+    graph = manifest.graphs[engine]
+    symbols = manifest.pipeline.symbols(batch_size, 0, size)
+    layout = _Layout()
+    inputs = {spec.name: layout.place(spec.resolve(symbols), spec.dtype) for spec in graph.inputs}
+    staged_bytes = layout.num_bytes
+    results = {spec.name: layout.place(spec.resolve(symbols), spec.dtype) for spec in graph.outputs}
+    sizes = {symbol: symbols[symbol] for symbol in PROFILE_SYMBOLS}
+    launch = Launch(engine, None, sizes, inputs | results)
+    return Program((launch,), (), inputs, results, staged_bytes, layout.num_bytes)
 
 
 class _Lowering:
     """The state of one lowering: which tensor lies where by now."""
 
-    def __init__(self, manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int) -> None:
+    def __init__(
+        self, manifest: Manifest, schedule: Schedule, table: SolverTable, batch_size: int, size: tuple[int, int]
+    ) -> None:
         self.manifest = manifest
         self.graphs = manifest.graphs
         self.schedule = schedule
         self.table = table
+        self.size = size
         self.layout = _Layout()
-        self.symbols = manifest.pipeline.symbols(batch_size, len(schedule.steps))
+        self.symbols = manifest.pipeline.symbols(batch_size, len(schedule.steps), size)
         self.current: dict[str, Placed] = {}  # where each tensor is now
         self.spare: dict[str, Placed] = {}  # its second place, if it is ever read and written by one launch
         self.constants: list[Constant] = []
 
     def run(self) -> Program:
-        tables = {spec.name for spec in self.graphs[CONDITIONING].outputs if spec.shape[0] == STEP_TABLE}
-        per_step_specs, request_specs = self._first_step(tables)
-        timesteps = self._constant(self._input(CONDITIONING, "timesteps"), tuple(self.schedule.scheduler.timesteps))
+        conditioning = self.graphs[CONDITIONING]
+        conditions = {spec.name for spec in conditioning.outputs}
+        tables = {spec.name for spec in conditioning.outputs if spec.shape[0] in ("T", STEP_TABLE)}
+        per_step_specs, request_specs = self._first_step(tables, conditions)
+        fixed = self._fixed_conditions()
         per_step = {name: self._solver_places(per_step_specs[name]) for name in SOLVER}
-        slots = self._token_slots()
-        inputs = {spec.name: self._place(spec) for spec in self.graphs[CONDITIONING].inputs if spec.name == "labels"}
-        inputs |= {name: self._place(spec) for name, spec in sorted(request_specs.items())}
+        selections = self._selections()
+        asked = {spec.name: self._place(spec) for spec in conditioning.inputs if spec.name not in fixed}
+        inputs = asked | {name: self._place(spec) for name, spec in sorted(request_specs.items())}
         staged_bytes = self.layout.num_bytes
         self.current = {name: place for name, place in inputs.items() if name in request_specs}
 
-        launches = [self._launch(CONDITIONING, None, {"timesteps": timesteps, "labels": inputs["labels"]})]
+        launches = [self._launch(CONDITIONING, None, fixed | asked)]
         per_step |= {name: self._entries(per_step_specs[name]) for name in sorted(tables)}
         for i, step in enumerate(self.schedule.steps):
             given = {name: places[i] for name, places in per_step.items()}
-            if step.tokens is not None:
-                given["token_slots"] = slots[step.tokens]
-            launches += [
-                self._launch(engine, i, given, step.tokens or 0)
-                for engine in self.manifest.forwards[step.forward.value]
-            ]
+            count = self.manifest.pipeline.selected_tokens(step, self.size)
+            given |= selections.get(count, {})
+            launches += [self._launch(engine, i, given, count) for engine in self.manifest.forwards[step.forward.value]]
         state = self.current["state"]
-        latents = Placed(state.offset, state.shape[1:], state.dtype)
-        images = None
-        if VAE_DECODER in self.graphs:
+        results = {"latents": Placed(state.offset, state.shape[1:], state.dtype)}
+        if VAE_DECODER in self.graphs and not self.manifest.pipeline.is_tiled(self.size):
+            spec = self._input(VAE_DECODER, "latents")
+            latents = Placed(state.offset, spec.resolve(self.symbols), state.dtype)
             launches.append(self._launch(VAE_DECODER, None, {"latents": latents}))
-            images = launches[-1].tensors["images"]
-        return Program(
-            tuple(launches), tuple(self.constants), inputs, latents, images, staged_bytes, self.layout.num_bytes
-        )
+            results["images"] = launches[-1].tensors["images"]
+        return Program(tuple(launches), tuple(self.constants), inputs, results, staged_bytes, self.layout.num_bytes)
 
-    def _first_step(self, tables: set[str]) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    def _first_step(
+        self, tables: set[str], conditions: set[str]
+    ) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         """Sort what the first step reads: what is new at every step, and what only a request can give."""
         per_step: dict[str, TensorSpec] = {}
         request: dict[str, TensorSpec] = {}
@@ -200,7 +224,7 @@ class _Lowering:
             for spec in self.graphs[engine].inputs:
                 if spec.name in tables or spec.name in SOLVER:
                     per_step[spec.name] = spec
-                elif spec.name not in written:
+                elif spec.name not in written and spec.name not in conditions:
                     request[spec.name] = spec
             written |= {spec.name.removeprefix("next_") for spec in self.graphs[engine].outputs}
         return per_step, request
@@ -216,10 +240,25 @@ class _Lowering:
         self.constants.append(Constant(place, values))
         return place
 
+    def _fixed_conditions(self) -> dict[str, Placed]:
+        """Place what conditioning reads that no request changes: timesteps, and where tokens lie in a picture."""
+        rows, columns = self.manifest.pipeline.grid_of(self.size)
+        height, width, _ = self.manifest.pipeline.image_shape(self.size)
+        values = {
+            "timesteps": self.schedule.scheduler.timesteps,
+            "token_places": tuple(
+                side for i in range(rows) for j in range(columns) for side in (i / rows, j / columns)
+            ),
+            "picture_size": (height, width),
+        }
+        specs = [spec for spec in self.graphs[CONDITIONING].inputs if spec.name in values]
+        return {spec.name: self._constant(spec, values[spec.name]) for spec in specs}
+
     def _entries(self, spec: TensorSpec) -> list[Placed]:
         """Return where each step's entry lies in a table that conditioning wrote, one behind the other."""
-        entry = Placed(self.current[spec.name].offset, spec.resolve(self.symbols), spec.dtype)
-        return [replace(entry, offset=entry.offset + i * entry.num_bytes) for i in range(len(self.schedule.steps))]
+        table, num_steps = self.current[spec.name], len(self.schedule.steps)
+        entry = Placed(table.offset, spec.resolve(self.symbols), spec.dtype)
+        return [replace(entry, offset=entry.offset + i * table.num_bytes // num_steps) for i in range(num_steps)]
 
     def _solver_places(self, spec: TensorSpec) -> list[Placed]:
         """Place each step's numbers of the solver table, as constants."""
@@ -227,16 +266,22 @@ class _Lowering:
             return [self._constant(spec, (scale,)) for scale in self.table.input_scale]
         return [self._constant(spec, tuple(w for row in rows for w in row)) for rows in self.table.coefficients]
 
-    def _token_slots(self) -> dict[int, Placed]:
-        """Place, for every token count of the schedule, an input whose length is the count."""
-        counts = sorted({step.tokens for step in self.schedule.steps if step.tokens is not None})
-        return {
-            count: self._constant(TensorSpec("token_slots", "int64", (count,)), tuple(range(count))) for count in counts
-        }
+    def _selections(self) -> dict[int, dict[str, Placed]]:
+        """Place, for every token count, what `tokens` reads to select so many: an input whose length is the count."""
+        pipeline = self.manifest.pipeline
+        chosen = {pipeline.selected_tokens(step, self.size) for step in self.schedule.steps if step.tokens is not None}
+        if not chosen or pipeline.selector is None:
+            return {}
+        squares = {}
+        if pipeline.selector.has_squares:
+            order = tuple(map(float, tokens_by_square(pipeline.grid_of(self.size), pipeline.selector.spatial_size)))
+            squares["token_squares"] = self._constant(TensorSpec("token_squares", "int64", (len(order),)), order)
+        slots = {n: TensorSpec("token_slots", "int64", (n,)) for n in sorted(chosen)}
+        return {n: squares | {"token_slots": self._constant(spec, tuple(range(n)))} for n, spec in slots.items()}
 
     def _launch(self, engine: str, step: int | None, given: Mapping[str, Placed], num_selected: int = 0) -> Launch:
         graph = self.graphs[engine]
-        sizes = {"B": self.symbols["B"], "K": num_selected, "T": self.symbols["T"]}
+        sizes = {symbol: self.symbols[symbol] for symbol in PROFILE_SYMBOLS} | {"K": num_selected}
         self._check_profiles(engine, sizes)
         tensors: dict[str, Placed] = {}
         for spec in graph.inputs:
@@ -267,5 +312,18 @@ class _Lowering:
         )
         raise ScheduleError(
             f"the schedule runs `{engine}` with {asked}, but the engine was built for {built} "
-            "(B images, K tokens, T model evaluations). Export with this schedule among the others, and build again"
+            "(B images, K selected tokens, T model evaluations, N tokens). Export with this schedule among the others, "
+            "and build again"
         )
+
+
+def tokens_by_square(grid: tuple[int, int], size: int) -> list[int]:
+    """Return the tokens of a grid (rows, columns), row by row, in the order of squares of some size."""
+    rows, columns = grid
+    return [
+        (top + i) * columns + left + j
+        for top in range(0, rows, size)
+        for left in range(0, columns, size)
+        for i in range(size)
+        for j in range(size)
+    ]

@@ -13,6 +13,21 @@ from hemiola_runtime.slot import Ran
 
 
 @dataclass(frozen=True, slots=True)
+class TextReport:
+    """What became of the prompts of one request, negative ones included.
+
+    Attributes:
+        num_kept: prompts whose embeddings were at hand.
+        num_encoded: prompts that the text encoder ran for.
+        truncated: prompts that were longer than it takes, and how many tokens they had.
+    """
+
+    num_kept: int
+    num_encoded: int
+    truncated: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What one request did.
 
@@ -26,6 +41,7 @@ class RunReport:
         trajectory_ms: milliseconds from the begin of the first launch to the end of the last.
         wall_ms: milliseconds from writing the request into the workspace to the last image.
         graph_bytes: device memory of the captured trajectory; None if it ran launch by launch.
+        text: what became of the prompts; None where images are drawn of labels.
     """
 
     schedule: str
@@ -36,6 +52,7 @@ class RunReport:
     trajectory_ms: float
     wall_ms: float
     graph_bytes: int | None
+    text: TextReport | None = None
 
     @property
     def overhead(self) -> float:
@@ -51,6 +68,7 @@ def report_of(
     batch_size: int,
     ran: Ran,
     wall_ms: float,
+    text: TextReport | None = None,
 ) -> RunReport:
     """Count what ran.
 
@@ -61,6 +79,7 @@ def report_of(
         batch_size: images.
         ran: what did run.
         wall_ms: of the whole request.
+        text: what became of its prompts.
 
     Raises:
         EngagementError: other forwards ran than the schedule names.
@@ -75,7 +94,9 @@ def report_of(
     for engine, milliseconds in zip(ran.engines, ran.engine_ms, strict=False):  # none of a captured trajectory
         engine_ms[engine] += milliseconds
     counts = dict(Counter(ran.engines))
-    return RunReport(name, rhythm, batch_size, counts, dict(engine_ms), ran.trajectory_ms, wall_ms, ran.graph_bytes)
+    return RunReport(
+        name, rhythm, batch_size, counts, dict(engine_ms), ran.trajectory_ms, wall_ms, ran.graph_bytes, text
+    )
 
 
 @lru_cache  # every request of a schedule runs the same engines, and half of the host's time went into reading them

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,8 +12,25 @@ from numpy.typing import NDArray
 from hemiola_runtime.errors import RequestError
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.noise import noise_from_seeds
+from hemiola_runtime.patches import to_patches
+from hemiola_runtime.pipeline import Pipeline
+from hemiola_runtime.text import Embedded, check_prompts
 
 MAX_SEED: Final = 2**64 - 1  # what keys numpy's Philox with one word
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a caller asks for, as it was given: the arguments of `Sampler.generate`."""
+
+    labels: Sequence[int | str] | None
+    prompts: Sequence[str] | None
+    negative_prompts: str | Sequence[str] | None
+    seeds: int | Sequence[int]
+    guidance_scale: float | Sequence[float] | None
+    latents: NDArray[np.float32] | None
+    height: int | None
+    width: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +38,17 @@ class Request:
     """B images to draw.
 
     Attributes:
-        labels: (B,) int64.
+        labels: (B,) int64; None where images are drawn of prompts.
+        prompts: B of them; none where images are drawn of labels.
+        negative_prompts: B of them under guidance; else none.
         seeds: B of them; empty where the caller gave the noise.
         guidance: (B,) float32.
         noise: (B, C, H, W) float32, standard normal.
     """
 
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     guidance: NDArray[np.float32]
     noise: NDArray[np.float32]
@@ -35,29 +56,48 @@ class Request:
     @property
     def batch_size(self) -> int:
         """B."""
-        return len(self.labels)
+        return len(self.noise)
 
-    def tensors(self, init_noise_sigma: float, state_rows: int) -> dict[str, NDArray[Any]]:
-        """Return what the request writes into the workspace, by name."""
-        state = np.zeros((state_rows, *self.noise.shape), dtype=np.float32)
-        state[0] = self.noise * np.float32(init_noise_sigma)
-        return {"state": state, "labels": self.labels, "guidance": self.guidance}
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All prompts in the order in which they are encoded: negative ones first."""
+        return self.negative_prompts + self.prompts
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the latents."""
+        return self.noise.shape[2], self.noise.shape[3]
+
+    def tensors(
+        self, pipeline: Pipeline, init_noise_sigma: float, conditions: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        """Return what the request writes into the workspace, by name; `conditions` say what images are drawn of."""
+        patches = to_patches(self.noise * np.float32(init_noise_sigma), pipeline.patch_size)
+        state = np.zeros((pipeline.state_rows, *patches.shape), dtype=np.float32)
+        state[0] = patches
+        return {"state": state, "guidance": self.guidance, **conditions}
 
 
-def request_from_arguments(
-    manifest: Manifest,
-    labels: Sequence[int | str],
-    seeds: int | Sequence[int],
-    guidance_scale: float | Sequence[float],
-    latents: NDArray[np.float32] | None,
-) -> Request:
+def by_image(embedded: Embedded, batch_size: int) -> dict[str, NDArray[np.float32]]:
+    """Return what conditioning reads of prompts that were encoded in the order of `Request.texts`.
+
+    Returns:
+        `text_embeddings` (B, rows per image, S, D) and `text_mask` (B, rows per image, S).
+    """
+    written = {"text_embeddings": embedded.embeddings, "text_mask": embedded.mask}
+    rows = {name: values.reshape(-1, batch_size, *values.shape[1:]) for name, values in written.items()}
+    return {name: np.ascontiguousarray(values.swapaxes(0, 1)) for name, values in rows.items()}
+
+
+def request_from_arguments(manifest: Manifest, asked: Asked) -> Request:
     """Check what a caller asks for against what a bundle can do.
 
     Raises:
         RequestError: it cannot; the message says why.
     """
-    numbers = _label_numbers(labels, manifest.pipeline.labels)
-    batch_size = len(numbers)
+    pipeline = manifest.pipeline
+    labels, prompts = _subjects(pipeline, asked)
+    batch_size = len(prompts) if labels is None else len(labels)
     if batch_size == 0:
         raise RequestError("no label was given; a request draws one image for each")
     if not 1 <= batch_size <= manifest.max_batch_size:
@@ -65,13 +105,63 @@ def request_from_arguments(
             f"{batch_size} images in one request; this bundle takes 1 to {manifest.max_batch_size}. Ask in parts, or "
             f"build it with --max-batch-size {max(batch_size, 1)}"
         )
-    shape = manifest.pipeline.model.latent_shape
-    if latents is None:
-        drawn = _seeds(seeds, batch_size)
+    shape = (pipeline.model.latent_shape[0], *_size(pipeline, asked.height, asked.width))
+    if asked.latents is None:
+        drawn = _seeds(asked.seeds, batch_size)
         noise = noise_from_seeds(drawn, shape)
     else:
-        drawn, noise = (), _latents(latents, (batch_size, *shape))
-    return Request(np.array(numbers, dtype=np.int64), drawn, _guidance(guidance_scale, batch_size), noise)
+        drawn, noise = (), _latents(asked.latents, (batch_size, *shape))
+    return Request(
+        labels=None if labels is None else np.array(labels, dtype=np.int64),
+        prompts=prompts,
+        negative_prompts=_negative_prompts(pipeline, asked.negative_prompts, batch_size),
+        seeds=drawn,
+        guidance=_guidance(pipeline, asked.guidance_scale, batch_size),
+        noise=noise,
+    )
+
+
+def _subjects(pipeline: Pipeline, asked: Asked) -> tuple[list[int] | None, tuple[str, ...]]:
+    """Read what images are drawn of: labels or prompts, whichever the bundle takes."""
+    if pipeline.text is None:
+        if asked.prompts is not None or asked.negative_prompts is not None:
+            raise RequestError("this bundle draws images of labels, not of prompts")
+        return _label_numbers(() if asked.labels is None else asked.labels, pipeline.labels), ()
+    if asked.labels is not None:
+        raise RequestError("this bundle draws images of prompts, not of labels")
+    return None, tuple(check_prompts(() if asked.prompts is None else asked.prompts))
+
+
+def _negative_prompts(pipeline: Pipeline, given: str | Sequence[str] | None, batch_size: int) -> tuple[str, ...]:
+    if pipeline.text is None or (pipeline.guidance == "none" and given is None):
+        return ()
+    if pipeline.guidance == "none":
+        raise RequestError("the bundle was exported without guidance, which is what negative prompts are for")
+    texts = [given or ""] * batch_size if given is None or isinstance(given, str) else given
+    check_prompts(texts, "negative_prompts")
+    if len(texts) != batch_size:
+        raise RequestError(f"{len(texts)} negative prompts for {batch_size} images; give one per image, or one string")
+    return tuple(texts)
+
+
+def _size(pipeline: Pipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Turn the size of a picture in pixels into that of its latents."""
+    found = []
+    unit = pipeline.patch_size * pipeline.pixels_per_latent
+    if pipeline.selector is not None and pipeline.selector.has_squares:
+        unit *= pipeline.selector.spatial_size
+    sides = zip(("height", "width"), (height, width), pipeline.size, pipeline.min_size, pipeline.max_size, strict=True)
+    for name, pixels, default, *bounds in sides:
+        if pixels is None:
+            found.append(default)
+            continue
+        least, most = (bound * pipeline.pixels_per_latent for bound in bounds)
+        if not _is_whole(pixels) or not least <= pixels <= most or (least < most and pixels % unit):
+            allowed = f"{least}" if least == most else f"a multiple of {unit} from {least} to {most}"
+            more = "" if least < most else "; export with --min-size and --max-size for others"
+            raise RequestError(f"{name} is {allowed} pixels in this bundle, not {pixels!r}{more}")
+        found.append(int(pixels) // pipeline.pixels_per_latent)
+    return found[0], found[1]
 
 
 def _label_numbers(labels: Sequence[int | str], known: dict[str, str]) -> list[int]:
@@ -118,7 +208,10 @@ def _seeds(seeds: int | Sequence[int], batch_size: int) -> tuple[int, ...]:
     return tuple(int(seed) for seed in drawn)
 
 
-def _guidance(scale: float | Sequence[float], batch_size: int) -> NDArray[np.float32]:
+def _guidance(pipeline: Pipeline, given: float | Sequence[float] | None, batch_size: int) -> NDArray[np.float32]:
+    if pipeline.guidance == "none" and given not in (None, 1, 1.0):
+        raise RequestError("the bundle was exported without guidance; leave guidance_scale out")
+    scale = pipeline.guidance_scale if given is None else given
     try:
         values = np.asarray(scale)
         if values.dtype.kind not in "iuf":

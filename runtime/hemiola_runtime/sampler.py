@@ -10,25 +10,27 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hemiola_runtime.backends import BackendOptions, Engine, entry_of, open_backend
 from hemiola_runtime.bundle import Bundle, open_bundle
+from hemiola_runtime.components import Components
 from hemiola_runtime.errors import CancelledError, HemiolaError, NumericError, RequestError, ScheduleError
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.memory import MemoryPlan, plan_memory
+from hemiola_runtime.patches import from_patches
 from hemiola_runtime.program import Program, check_alignment, lower
-from hemiola_runtime.report import report_of
-from hemiola_runtime.request import Request, request_from_arguments
+from hemiola_runtime.report import TextReport, report_of
+from hemiola_runtime.request import Asked, Request, request_from_arguments
 from hemiola_runtime.results import Progress, Result, as_bytes, latents_to_pixels
 from hemiola_runtime.schedule import Schedule, read_schedule
 from hemiola_runtime.slot import BoundProgram, Slot
 from hemiola_runtime.solver_table import SolverTable
 
-DEFAULT_GUIDANCE: Final = 4.0  # as in diffusers' DiTPipeline
+Size = tuple[int, int]  # (H, W) of latents
 
 
 class Sampler:
@@ -48,17 +50,24 @@ class Sampler:
         self._tables: dict[str, SolverTable] = {
             name: bundle.solver_table(schedule) for name, schedule in self._schedules.items()
         }
-        programs = [self._lower(name, self._manifest.max_batch_size) for name in self._schedules]
+        sizes = self._manifest.pipeline.demanding_sizes
+        programs = [
+            self._lower(name, self._manifest.max_batch_size, size) for name in self._schedules for size in sizes
+        ]
         for name in self._schedules:  # what is aligned for one image is so for more
-            check_alignment(self._lower(name, 1), entry_of(self._manifest.backend.name).alignment)
+            one = self._lower(name, 1, self._manifest.pipeline.size)
+            check_alignment(one, entry_of(self._manifest.backend.name).alignment)
         workspace_bytes = max(program.num_bytes for program in programs)
         staged_bytes = max(program.staged_bytes for program in programs)
-        self.memory_plan: MemoryPlan = plan_memory(self._manifest, workspace_bytes, options.max_concurrency)
+        self.memory_plan: MemoryPlan = plan_memory(
+            self._manifest, workspace_bytes, options.max_concurrency, Components.num_bytes(self._manifest)
+        )
         self._is_closed = False
         self._preparing = threading.Lock()  # one trajectory is bound and captured at a time
         self._holding_all = threading.Lock()  # two threads that each hold some slots would wait for each other
         self._engines: dict[str, Engine] = {}
         self._slots: list[Slot] = []
+        self._components: Components | None = None
         self._backend = open_backend(
             self._manifest.backend,
             BackendOptions(bundle.weights, bundle.weights_folder, options.num_threads, self._manifest.made_by.command),
@@ -70,6 +79,7 @@ class Sampler:
             if self._backend.activation_bytes is not None:
                 self.memory_plan = self.memory_plan.with_activation(self._backend.activation_bytes)
                 self.memory_plan.check_workspaces(self._backend.available_bytes)
+            self._components = Components(self._manifest, bundle.files, self._engines, self._backend)
             for _ in range(options.max_concurrency):
                 workspace = self._backend.workspace(workspace_bytes, staged_bytes)
                 self._slots.append(Slot(workspace, self._engines, captures=options.cuda_graphs))
@@ -135,21 +145,30 @@ class Sampler:
     def generate(
         self,
         *,
-        labels: Sequence[int | str],
+        labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         guidance_scale: float | Sequence[float] | None = None,
         latents: NDArray[np.float32] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         schedule: str | None = None,
         cancel: threading.Event | None = None,
     ) -> Result:
-        """Draw one image per label.
+        """Draw one image per label or prompt.
 
         Args:
-            labels: B class labels, as numbers or as their names in the manifest.
+            labels: B class labels, as numbers or as their names in the manifest; of a bundle that draws labels.
+            prompts: B strings; of a bundle that draws prompts. What is longer than its text encoder takes is cut, and
+                the report says so.
+            negative_prompts: what guidance leads away from: one string per image, or one for all; None for "".
             seeds: one per image, or one number s for s, s + 1, …; the same seed is the same noise at any place of any
                 batch.
-            guidance_scale: one number or one per image; None for 4.0 where the bundle has guidance.
+            guidance_scale: one number or one per image; None for what the bundle's first schedule was searched with.
             latents: (B, C, H, W) float32 standard normal noise in place of seeds.
+            height: of the pictures in pixels, within what the bundle was exported for; None for its default.
+            width: likewise.
             schedule: name of the schedule; None for the default.
             cancel: set from another thread to stop between two steps.
 
@@ -158,8 +177,8 @@ class Sampler:
             CancelledError: `cancel` was set.
             NumericError: the final latents are not finite.
         """
-        request = self._request(labels, seeds, guidance_scale, latents)
-        name = self._schedule_name(schedule)
+        asked = Asked(labels, prompts, negative_prompts, seeds, guidance_scale, latents, height, width)
+        request, name = request_from_arguments(self._manifest, asked), self._schedule_name(schedule)
         if cancel is None:
             return self._draw(request, name)
         result = None
@@ -173,10 +192,14 @@ class Sampler:
     def stream(
         self,
         *,
-        labels: Sequence[int | str],
+        labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         guidance_scale: float | Sequence[float] | None = None,
         latents: NDArray[np.float32] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         schedule: str | None = None,
     ) -> Iterator[Progress]:
         """Draw as `generate` does, yielding when a step is done; the last `Progress` holds the result.
@@ -184,26 +207,30 @@ class Sampler:
         Steps are launched one by one here, also where `generate` would launch a captured trajectory as one.
         To cancel, stop iterating: closing the iterator frees the request's workspace.
         """
-        return self._steps(self._request(labels, seeds, guidance_scale, latents), self._schedule_name(schedule))
+        asked = Asked(labels, prompts, negative_prompts, seeds, guidance_scale, latents, height, width)
+        return self._steps(request_from_arguments(self._manifest, asked), self._schedule_name(schedule))
 
     def prepare(self, batch_sizes: Sequence[int], *, schedules: Sequence[str] | None = None) -> None:
         """Do ahead what the first request of a batch size would do: bind every launch, and capture the trajectory.
 
         Args:
-            batch_sizes: those that will be asked for.
+            batch_sizes: those that will be asked for, at the bundle's default size of pictures.
             schedules: their names; None for the default alone.
         """
+        pictures = self._manifest.pipeline.size
         names = [self._default] if schedules is None else [self._schedule_name(name) for name in schedules]
         for size in batch_sizes:
             if not 1 <= size <= self._manifest.max_batch_size:
                 raise RequestError(f"this bundle takes 1 to {self._manifest.max_batch_size} images, not {size}")
         with self._all_slots():
             self._refuse_if_closed()
+            assert self._components is not None
+            self._components.prepare()
             for slot in self._slots:
                 try:
                     for name in names:
                         for size in batch_sizes:
-                            self._prepare(slot, name, size, as_one=True)
+                            self._prepare(slot, name, size, pictures, as_one=True)
                 finally:
                     slot.settle()
 
@@ -221,6 +248,8 @@ class Sampler:
             owned.callback(self._backend.close)
             for engine in self._engines.values():
                 owned.callback(engine.close)
+            if self._components is not None:
+                owned.callback(self._components.close)
             for slot in self._slots:
                 owned.callback(slot.close)
 
@@ -232,14 +261,6 @@ class Sampler:
     ) -> None:
         self.close()
 
-    def _request(self, labels: Any, seeds: Any, guidance_scale: Any, latents: Any) -> Request:
-        scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
-        if self._manifest.pipeline.guidance == "none":
-            if guidance_scale not in (None, 1, 1.0):
-                raise RequestError("the bundle was exported without guidance; leave guidance_scale out")
-            scale = 1.0
-        return request_from_arguments(self._manifest, labels, seeds, scale, latents)
-
     def _schedule_name(self, name: str | None) -> str:
         self._refuse_if_closed()
         if name is not None and name not in self._schedules:
@@ -250,15 +271,15 @@ class Sampler:
         if self._is_closed:
             raise RequestError("the sampler is closed")
 
-    def _lower(self, name: str, batch_size: int) -> Program:
-        return lower(self._manifest, self._schedules[name], self._tables[name], batch_size)
+    def _lower(self, name: str, batch_size: int, size: Size) -> Program:
+        return lower(self._manifest, self._schedules[name], self._tables[name], batch_size, size)
 
-    def _prepare(self, slot: Slot, name: str, batch_size: int, *, as_one: bool) -> BoundProgram:
-        key = (name, batch_size)
+    def _prepare(self, slot: Slot, name: str, batch_size: int, size: Size, *, as_one: bool) -> BoundProgram:
+        key = (name, batch_size, size)
         if (program := slot.prepared(key, as_one=as_one)) is not None:  # no request waits while another slot captures
             return program
         with self._preparing:
-            return slot.prepare(key, lambda: self._lower(name, batch_size), as_one=as_one)
+            return slot.prepare(key, lambda: self._lower(*key), as_one=as_one)
 
     @contextmanager
     def _all_slots(self) -> Iterator[None]:
@@ -289,19 +310,19 @@ class Sampler:
 
     def _draw(self, request: Request, name: str) -> Result:
         with self._slot() as slot:
-            program = self._prepare(slot, name, request.batch_size, as_one=True)
+            program = self._prepare(slot, name, request.batch_size, request.size, as_one=True)
             start = time.perf_counter()
-            inputs = self._inputs(request, name)
+            inputs, text = self._inputs(request, name)
             slot.begin(program, inputs)
             program.run()
-            return self._result(request, name, program, inputs, start)
+            return self._result(request, name, program, inputs, text, start)
 
     def _steps(self, request: Request, name: str) -> Iterator[Progress]:
         num_steps = len(self._schedules[name].steps)
         with self._slot() as slot:
-            program = self._prepare(slot, name, request.batch_size, as_one=False)
+            program = self._prepare(slot, name, request.batch_size, request.size, as_one=False)
             start = time.perf_counter()
-            inputs = self._inputs(request, name)
+            inputs, text = self._inputs(request, name)
             slot.begin(program, inputs)
             last_of_step = {launch.step: i for i, launch in enumerate(program.program.launches)}
             for i, launch in enumerate(program.steps()):
@@ -310,12 +331,14 @@ class Sampler:
                 program.wait_for(i)
                 forward = self._schedules[name].steps[launch.step].forward.value
                 yield Progress(launch.step, num_steps, forward, 1000 * (time.perf_counter() - start), None)
-            result = self._result(request, name, program, inputs, start)
+            result = self._result(request, name, program, inputs, text, start)
         forward = self._schedules[name].steps[-1].forward.value
         yield Progress(num_steps - 1, num_steps, forward, result.report.wall_ms, result)
 
-    def _inputs(self, request: Request, name: str) -> dict[str, NDArray[Any]]:
-        return request.tensors(self._tables[name].init_noise_sigma, self._manifest.pipeline.state_rows)
+    def _inputs(self, request: Request, name: str) -> tuple[dict[str, NDArray[Any]], TextReport | None]:
+        assert self._components is not None
+        conditions, text = self._components.conditions(request)
+        return request.tensors(self._manifest.pipeline, self._tables[name].init_noise_sigma, conditions), text
 
     def _result(
         self,
@@ -323,23 +346,29 @@ class Sampler:
         name: str,
         program: BoundProgram,
         inputs: Mapping[str, NDArray[Any]],
+        text: TextReport | None,
         start: float,
     ) -> Result:
         """Read what a trajectory has left, once it is done."""
-        latents, images = program.read_results()
-        wall_ms = 1000 * (time.perf_counter() - start)
-        given = {"final latents": latents} | ({} if images is None else {"images": images})
-        for what in (what for what, values in given.items() if not np.isfinite(values).all()):
+        assert self._components is not None
+        found = program.read_results()
+        for what in (what for what, values in found.items() if not np.isfinite(values).all()):
             culprit = program.first_not_finite(inputs) or "nothing, when it was run again: the machine may be faulty;"
             raise NumericError(
                 f"the {what} of seeds {list(request.seeds)} hold NaN or infinity under the schedule {name}. "
                 f"The first to hold any was {culprit}. `hemiola verify` compares every schedule with PyTorch; a "
                 "bundle in bf16 or fp32 has more room than one in fp16"
             )
+        latents = from_patches(found["latents"], self._manifest.pipeline.patch_size, request.size)
+        images = found.get("images")
+        if images is None:
+            is_tiled = self._manifest.pipeline.is_tiled(request.size)
+            images = self._components.decode(latents) if is_tiled else latents_to_pixels(latents)
+        wall_ms = 1000 * (time.perf_counter() - start)
         report = report_of(
-            name, self._schedules[name], self._manifest.forwards, request.batch_size, program.ran(), wall_ms
+            name, self._schedules[name], self._manifest.forwards, request.batch_size, program.ran(), wall_ms, text
         )
-        return Result(as_bytes(latents_to_pixels(latents) if images is None else images), latents, report)
+        return Result(as_bytes(images), latents, report)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,15 +71,16 @@ class TokenSelector:
     Attributes:
         score: `attention`: how much a token is attended to, the column mean of the softmax map (ToCa s1, arXiv
             2410.05317 §3.2); `value_norm`: L2 norm of its value vectors, summed over heads; `output_norm`: L2 norm of
-            its attention output (ProCache, arXiv 2512.17298); `random`: a fixed random number per block and token.
-            All but `random` are L2-normalised over the tokens of an image.
+            its attention output (ProCache, arXiv 2512.17298); `cross_attention_entropy`: how evenly it looks at the
+            prompt (ToCa s2); `random`: a fixed random number per block and token. All but `random` are L2-normalised
+            over the tokens of an image.
         staleness_weight: added for each `tokens` step since the token was last computed (ToCa s3: λ3 / period).
         spatial_bonus: λ4 of ToCa s4: the best token of each square of tokens gets score · (1 + λ4).
         spatial_size: side of these squares in tokens; divides both sides of the token grid.
         seed: of the numbers of `random`.
     """
 
-    score: Literal["attention", "value_norm", "output_norm", "random"]
+    score: Literal["attention", "value_norm", "output_norm", "cross_attention_entropy", "random"]
     staleness_weight: float
     spatial_bonus: float
     spatial_size: int
@@ -90,6 +91,11 @@ class TokenSelector:
             raise ValueError("staleness_weight and spatial_bonus are 0 or more")
         if self.spatial_size < 1:
             raise ValueError(f"spatial_size is 1 or more, not {self.spatial_size}")
+
+    @property
+    def has_squares(self) -> bool:
+        """Whether some tokens are raised above their neighbours."""
+        return self.spatial_bonus > 0 and self.spatial_size > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +180,7 @@ class Schedule:
         schema: of the file, now 1.
         model: what it was made for.
         scheduler: what it was made for.
-        guidance: `classifier_free` (every image is two rows, conditional first) or `none`.
+        guidance: `classifier_free` (every image is two rows) or `none`.
         deep_start: index of the first deep block, where `deep` and `tokens` begin to compute; None if neither occurs.
         selector: how tokens are ranked; None if `tokens` does not occur.
         steps: one per model evaluation; step 0 is the noisiest.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 from hemiola_runtime.backends import Engine, Replay, Workspace
 from hemiola_runtime.program import Launch, Placed, Program
 from hemiola_runtime.storage import from_bytes, pack
+
+MAX_PROGRAMS: Final = 64  # a captured trajectory takes some MB of device memory
+
+ProgramKey = tuple[str, int, tuple[int, int]]  # name of the schedule, B, (H, W) of the latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,8 @@ class BoundProgram:
 
     def write_constants(self) -> None:
         """Write what the launches take as given."""
-        self._workspace.write(*self._constants)
+        if self.program.constants:
+            self._workspace.write(*self._constants)
 
     def write_inputs(self, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Write what a request gives, in one copy."""
@@ -104,10 +109,9 @@ class BoundProgram:
     def _last(self) -> int:
         return 2 * len(self._bound) - 1
 
-    def read_results(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Wait for the trajectory, and return the final latents and, of a bundle with a decoder, the images."""
-        images = self.program.images
-        return self.read(self.program.latents), None if images is None else self.read(images)
+    def read_results(self) -> dict[str, NDArray[np.float32]]:
+        """Wait for the trajectory, and return what it gives: `latents` (B, N, P), and `images` if a decoder ran."""
+        return {name: self.read(place) for name, place in self.program.results.items()}
 
     def read(self, place: Placed) -> NDArray[Any]:
         """Wait for what was enqueued, and return a copy of a tensor; bfloat16 as float32."""
@@ -136,19 +140,26 @@ class Slot:
         self._workspace = workspace
         self._engines = engines
         self._captures = captures
-        self._programs: dict[tuple[str, int], BoundProgram] = {}
+        self._programs: dict[ProgramKey, BoundProgram] = {}
         self._current: BoundProgram | None = None  # the program whose constants are in the workspace
 
-    def prepared(self, key: tuple[str, int], *, as_one: bool) -> BoundProgram | None:
+    def prepared(self, key: ProgramKey, *, as_one: bool) -> BoundProgram | None:
         """Return what `prepare` would, if there is nothing left to do for it; else None."""
         program = self._programs.get(key)
         if program is None or (as_one and self._captures and not program.was_captured):
             return None
         return program
 
-    def prepare(self, key: tuple[str, int], lower: Callable[[], Program], *, as_one: bool) -> BoundProgram:
-        """Lower and bind a program, and capture it if it is to run as one; each is done once for a key, and kept."""
+    def prepare(self, key: ProgramKey, lower: Callable[[], Program], *, as_one: bool) -> BoundProgram:
+        """Lower and bind a program, and capture it if it is to run as one; each is done once for a key, and kept.
+
+        Of MAX_PROGRAMS at most: who asks for one more, as pictures of ever other sizes do, starts all of them anew.
+        """
         if key not in self._programs:
+            if len(self._programs) == MAX_PROGRAMS:
+                self._current = None
+                self._programs.clear()
+                self._workspace.release()
             self._programs[key] = BoundProgram(lower(), self._engines, self._workspace)
         program = self._programs[key]
         if as_one and self._captures and not program.was_captured:

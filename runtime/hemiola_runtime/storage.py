@@ -41,6 +41,8 @@ def from_bytes(raw: Bytes, place: Placed) -> NDArray[Any]:
 def pack(tensors: Iterable[tuple[Placed, Any]]) -> tuple[int, Bytes]:
     """Lay tensors that are neighbours in a workspace into one piece; returns its offset and bytes."""
     placed = sorted(tensors, key=lambda item: item[0].offset)
+    if not placed:
+        return 0, np.zeros(0, dtype=np.uint8)
     start, end = placed[0][0].offset, placed[-1][0].end
     packed = np.zeros(end - start, dtype=np.uint8)
     for place, values in placed:

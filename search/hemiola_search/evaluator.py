@@ -11,40 +11,31 @@ from numpy.typing import NDArray
 
 from hemiola_export.components import VaeDecoder
 from hemiola_export.model import Model
-from hemiola_export.trajectory import Requests, Trajectory
-from hemiola_runtime.noise import noise_from_seeds
+from hemiola_export.trajectory import Trajectory
 from hemiola_runtime.results import latents_to_pixels
 from hemiola_runtime.schedule import FULL
 from hemiola_search.errors import SearchError
 from hemiola_search.judge import Judge
 from hemiola_search.problem import Candidate, Problem, Scored
 from hemiola_search.quality import psnr, relative_l2, ssim
+from hemiola_search.tasks import Task
 
 DECODED_AT_ONCE: Final = 8  # a VAE's activations are large
 
 OnStep = Callable[[], None]
 
 
-def draw_requests(problem: Problem, num_classes: int, first_seed: int, count: int) -> Requests:
-    """Return requests for `count` images: all classes in turn, one seed each."""
-    labels = torch.arange(count) % num_classes
-    seeds = range(first_seed, first_seed + count)
-    noise = torch.from_numpy(noise_from_seeds(seeds, problem.latent_shape))
-    return Requests(labels, noise, torch.full((count,), problem.options.guidance_scale))
-
-
 class Evaluator:
     """Scores candidates on the same images, whose uncached run it keeps."""
 
-    def __init__(
-        self, model: Model, problem: Problem, requests: Requests, judge: Judge | None, on_step: OnStep
-    ) -> None:
+    def __init__(self, model: Model, problem: Problem, task: Task, judge: Judge | None, on_step: OnStep) -> None:
         self._model = model
         self._problem = problem
-        self._requests = requests
+        self._requests = task.requests
+        self._answers = task.answers
         self._judge = judge
         self._on_step = on_step
-        self._decoder = None if model.vae is None else VaeDecoder(model.vae, model.family.latent_shape)
+        self._decoder = None if model.vae is None else VaeDecoder(model.vae, model.family.patch_size, None)
         self._uncached = Candidate(
             "full", "uncached", problem.scheduler.num_inference_steps, (FULL,) * problem.num_evaluations
         )
@@ -73,7 +64,8 @@ class Evaluator:
             )
         if self._judge is not None:
             read, features = self._judge.look(images)
-            quality["agreement"] = float((read == self._requests.labels.numpy()).mean())
+            if self._answers is not None:
+                quality["agreement"] = float((read == self._answers).mean())
             if len(features) > features.shape[1]:  # below, their covariance has not full rank
                 quality["frechet"] = self._judge.frechet(features)
         return Scored(candidate, quality)
@@ -87,6 +79,7 @@ class Evaluator:
             is_guided=problem.guidance == "classifier_free",
             deep_start=problem.deep_start if candidate.is_deep else None,
             selector=problem.options.selector if candidate.is_selective else None,
+            pixels_per_latent=self._model.pixels_per_latent,
         )
         drawn: NDArray[np.float32] = trajectory.run(self._requests, on_step=self._on_step).numpy()
         return drawn
@@ -96,5 +89,5 @@ class Evaluator:
             return latents_to_pixels(latents)
         with torch.inference_mode():
             parts = torch.from_numpy(latents).split(DECODED_AT_ONCE)
-            images: NDArray[np.float32] = torch.cat([self._decoder({"latents": x})["images"] for x in parts]).numpy()
+            images: NDArray[np.float32] = torch.cat([self._decoder.decode(x) for x in parts]).numpy()
         return images

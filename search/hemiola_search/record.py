@@ -50,6 +50,7 @@ class SearchRecord:
         chosen: rhythm of the schedule that was found.
         points: everything that was tried.
         made_by: command and versions.
+        prompts: of the held-out images; none where images are drawn of labels.
     """
 
     schema: Literal[1]
@@ -61,6 +62,7 @@ class SearchRecord:
     chosen: str
     points: tuple[Point, ...]
     made_by: MadeBy
+    prompts: tuple[str, ...] = ()
 
 
 def read_record(path: Path) -> SearchRecord:

@@ -39,6 +39,7 @@ class ReportInput:
         machine: where it was made.
         pictures: PNG of a row of images, by schedule; the uncached ones under `full`.
         differences: PNG of a row of differences from the uncached images, by schedule.
+        prompts: of the images, from left to right; none where they are drawn of labels.
     """
 
     record: SearchRecord
@@ -49,6 +50,7 @@ class ReportInput:
     machine: Machine
     pictures: Mapping[str, bytes]
     differences: Mapping[str, bytes]
+    prompts: Sequence[str] = ()
 
 
 class LatencyModel:
@@ -99,7 +101,8 @@ def render_report(given: ReportInput) -> str:
             for name, schedule in given.schedules.items()
         ],
         image_note="Drawn by the engines of the bundle from the same noise. Differences from the uncached images are "
-        f"{DIFFERENCE_GAIN} times enlarged around grey.",
+        f"{DIFFERENCE_GAIN} times enlarged around grey."
+        + (f" From left to right: {'; '.join(given.prompts)}." if given.prompts else ""),
         image_rows=_image_rows(given),
         pareto=pareto_plot(_pareto_points(record.points, latency, chosen.rhythm)),
         pareto_note=f"Errors against the uncached run in PyTorch, means over {record.num_held_out} images that were "

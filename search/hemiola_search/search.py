@@ -15,12 +15,13 @@ from hemiola_runtime.schedule import FoundBy, Schedule
 from hemiola_runtime.solver_table import SolverTable
 from hemiola_search.costs import FlopsModel
 from hemiola_search.errors import SearchError
-from hemiola_search.evaluator import Evaluator, draw_requests
+from hemiola_search.evaluator import Evaluator
 from hemiola_search.judge import Judge
 from hemiola_search.problem import Candidate, Problem, Scored, SearchOptions, first_deep_block
 from hemiola_search.record import Point, SearchRecord
 from hemiola_search.strategies import BASELINES, STRATEGIES
 from hemiola_search.strategies.published import published_candidate
+from hemiola_search.tasks import Subjects, draw_task
 
 HELD_OUT_SEED: Final = 1_000_000  # added to the seeds of held-out images: none of them was searched on
 OTHER_BUDGETS: Final = (0.2, 0.26, 0.5)  # shares of T at which the record holds the baselines too
@@ -67,6 +68,7 @@ def problem_for(
         num_blocks=len(family.blocks),
         deep_start=first_deep_block(len(family.blocks), options.deep_ratio),
         rows_per_image=2 if guidance == "classifier_free" else 1,
+        num_text_tokens=None if model.text is None else model.text.tokenizer.num_tokens,
     )
     return Problem(
         table=table,
@@ -86,6 +88,7 @@ def find_schedule(
     strategy: str,
     judge: Judge | None,
     *,
+    subjects: Subjects | None = None,
     on_step: Callable[[], None] = lambda: None,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> Found:
@@ -96,6 +99,7 @@ def find_schedule(
         problem: from `problem_for`.
         strategy: a key of STRATEGIES.
         judge: for agreement and Fréchet distance; None where there is none.
+        subjects: prompts, for a model that draws them.
         on_step: told after every step that is computed.
         on_stage: told what is being done.
 
@@ -103,12 +107,11 @@ def find_schedule(
         SearchError: no schedule meets the constraints.
         UnsupportedSolverError: the sampler cannot be compiled.
     """
-    options, classes = problem.options, model.family.num_classes
+    options, subjects = problem.options, subjects or Subjects()
     problem.table(problem.num_inference_steps)  # refuse early what cannot be compiled
     on_stage("uncached run")
-    searched = Evaluator(
-        model, problem, draw_requests(problem, classes, options.seed, options.num_images), None, on_step
-    )
+    task = draw_task(model, problem, subjects, options.seed, options.num_images)
+    searched = Evaluator(model, problem, task, None, on_step)
     tried: list[Scored] = []
 
     def score(candidate: Candidate) -> Scored:
@@ -119,7 +122,8 @@ def find_schedule(
     best = STRATEGIES[strategy](problem, score)[0].candidate
     on_stage("uncached run of held-out images")
     first = options.seed + HELD_OUT_SEED
-    held_out = Evaluator(model, problem, draw_requests(problem, classes, first, options.num_held_out), judge, on_step)
+    task = draw_task(model, problem, subjects, first, options.num_held_out)
+    held_out = Evaluator(model, problem, task, judge, on_step)
     compared = _comparison(problem, best, tried)
     final = [held_out.score_uncached()]
     for candidate in compared:
@@ -144,6 +148,7 @@ def find_schedule(
             + [_point(problem, scored, "held_out") for scored in final]
         ),
         made_by=made_by,
+        prompts=task.prompts,
     )
     chosen = schedules.pop(strategy)
     return Found(chosen, schedules, record)

@@ -80,6 +80,9 @@ class Workspace(Protocol):
     def wait(self) -> None:
         """Return when all that was enqueued is done."""
 
+    def release(self) -> None:
+        """Wait, then free what was made for the launches bound so far; none of them runs again."""
+
     def close(self) -> None:
         """Free the memory and all that belongs to the workspace."""
 

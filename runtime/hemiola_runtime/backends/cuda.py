@@ -152,6 +152,7 @@ class CudaWorkspace:
         self._cuda = cuda
         self._results: PinnedBuffer | None = None
         self._timelines: dict[int, CudaTimeline] = {}
+        self._bound = contextlib.ExitStack()  # timelines and graphs
         start = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         self.activation_bytes = activation_bytes
         with contextlib.ExitStack() as owned:  # if one thing cannot be had, those before it are given back
@@ -166,6 +167,7 @@ class CudaWorkspace:
             self.activation_address = self.address + start
             cuda.call("cudaMemsetAsync", self.address, 0, start + activation_bytes, self.stream)
             self.wait()
+            owned.callback(self._bound.close)
             self._owned = owned.pop_all()  # freed from the last to the first
 
     def _allocate(self, num_bytes: int) -> int:
@@ -211,7 +213,7 @@ class CudaWorkspace:
         """Make a timeline of events; programs of one length share it, since they run one after the other."""
         if num_marks not in self._timelines:
             made = self._timelines[num_marks] = CudaTimeline(self._cuda, self.stream, num_marks)
-            self._owned.callback(made.close)
+            self._bound.callback(made.close)
         return self._timelines[num_marks]
 
     def capture(self, launches: Sequence[Bound]) -> CudaGraph | None:
@@ -224,12 +226,18 @@ class CudaWorkspace:
             launch.enqueue()
         self.wait()
         made = CudaGraph(self._cuda, self.stream, launches)
-        self._owned.callback(made.close)
+        self._bound.callback(made.close)
         return made
 
     def wait(self) -> None:
         """Return when all that was enqueued is done."""
         self._cuda.call("cudaStreamSynchronize", self.stream)
+
+    def release(self) -> None:
+        """Wait, then free timelines and captured graphs."""
+        self.wait()
+        self._timelines.clear()
+        self._bound.close()
 
     def close(self) -> None:
         """Free the memory and all that belongs to the workspace; all of it, whatever fails on the way."""

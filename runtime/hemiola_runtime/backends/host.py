@@ -51,6 +51,9 @@ class HostWorkspace:
     def wait(self) -> None:
         """Return at once: a launch is done when it returns."""
 
+    def release(self) -> None:
+        """Nothing to free: launches own what they hold."""
+
     def close(self) -> None:
         """Free the memory; nothing bound to it may run any more."""
         self._memory = np.zeros(0, dtype=np.uint8)

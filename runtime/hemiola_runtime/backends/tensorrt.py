@@ -226,6 +226,11 @@ class TensorRTWorkspace(cuda.CudaWorkspace):
         self.contexts: dict[tuple[str, tuple[tuple[int, ...], ...]], Context] = {}
         self._owned.callback(self.contexts.clear)
 
+    def release(self) -> None:
+        """Wait, then free timelines, captured graphs and execution contexts."""
+        super().release()
+        self.contexts.clear()
+
 
 class Context:
     """An execution context of one engine for one set of shapes, and the addresses that it has by now."""
