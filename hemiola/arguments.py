@@ -66,4 +66,4 @@ def check_output_file(path: Path | None, suffix: str = "") -> None:
     if path.is_dir():
         raise RequestError(f"{path} is a folder; name a file in it")
     if suffix and path.suffix != suffix:
-        raise RequestError(f"{path} should end in {suffix}: files of other kinds are written beside it")
+        raise RequestError(f"{path} should end in {suffix}, which is what is written into it")

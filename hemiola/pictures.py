@@ -15,9 +15,14 @@ MIN_SIDE: Final = 64  # smaller pictures are enlarged by whole pixels, so that p
 GAP: Final = 2
 
 
+def enlargement(height: int, width: int) -> int:
+    """Return how many times pictures of a size are enlarged to be large enough to look at."""
+    return max(1, -(-MIN_SIDE // min(height, width)))
+
+
 def enlarged(images: Pixels) -> Pixels:
     """Repeat the pixels of small images (n, H, W, C) until both sides are large enough to look at."""
-    factor = -(-MIN_SIDE // min(images.shape[1:3]))
+    factor = enlargement(*images.shape[1:3])
     return images if factor <= 1 else images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 

@@ -13,7 +13,6 @@ processes in which PyTorch, ONNX, diffusers and transformers cannot be imported.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -183,8 +182,8 @@ def _new_prompts(workload: Workload) -> Callable[[], dict[str, Any]] | None:
     path = Path(workload.model) / "judge" / "prompts.json"
     if not path.is_file():
         return None
-    prompts = itertools.cycle(json.loads(path.read_text(encoding="utf-8")))
-    return lambda: {"prompts": list(itertools.islice(prompts, workload.batch_size))}
+    prompts = iter(json.loads(path.read_text(encoding="utf-8")))
+    return lambda: {"prompts": [next(prompts) for _ in range(workload.batch_size)]}
 
 
 def _fresh(bundle: Path, workload: Workload) -> tuple[float, ...]:

@@ -103,6 +103,8 @@ class Laps:
 def _measure_forwards(
     options: argparse.Namespace, model: Model, schedules: Mapping[str, Schedule], device: torch.device, save: Save
 ) -> None:
+    if not model.family.num_classes:
+        raise RequestError(f"{options.model} draws prompts; these baselines are of models of labels, as dit-xl-2")
     dtype = getattr(torch, PRECISIONS[options.precision])
     family = model.family if dtype == model.family.compute_dtype else model.family.lowered(dtype)
     family.to(device)

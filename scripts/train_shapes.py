@@ -394,8 +394,10 @@ def main() -> None:
         judge = train_judge(options.judge_iterations, options.seed)
         save_judge(judge, options.renders, options.seed, options.out / "judge")
     else:
-        shutil.copytree(options.start, options.out, dirs_exist_ok=True)
-        earlier = json.loads((options.start / "training.json").read_text())["stages"]
+        if options.start.resolve() != options.out.resolve():
+            shutil.copytree(options.start, options.out, dirs_exist_ok=True)
+        record = options.start / "training.json"  # which a run that was stopped has not written
+        earlier = json.loads(record.read_text())["stages"] if record.exists() else []
     renders, shown = draw_scenes(options.renders, torch.Generator().manual_seed(options.seed + 1))
     judge_accuracy = (read_by_judge(options.out, renders) == shown).float().mean().item()
 

@@ -72,7 +72,7 @@ BAD_SEARCHES = [
     (["--scheduler-option", "clip_sample=True"], ["DDIM-6 is not linear", "set clip_sample or thresholding to"]),
     (["--steps", "2000"], ["DDIMScheduler cannot make 2000 steps"]),
     (["--budget", "5", "--v-min", "1"], ["no schedule of 6 steps has 5 full steps", "a budget from 2 to 3"]),
-    (["--budget", "7"], ["has 1 to 6 full steps", "found budget 7"]),
+    (["--budget", "7"], ["a budget of 7 full steps is more than 6 steps have"]),
     (["--strategy", "luck"], ["unknown strategy 'luck'", "known are procache, uniform, fewer_steps"]),
     (["--held-out", "1"], ["scores on 1 image or more and reports on 2 or more"]),
     (["--seed", "-1"], ["the seed is 0 or more"]),

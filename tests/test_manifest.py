@@ -488,6 +488,21 @@ def test_a_schedule_needs_the_forwards_that_it_runs_and_no_others() -> None:
         PIPELINE.check_schedule(SCHEDULE, {"full"})
 
 
+@pytest.mark.parametrize(
+    ("min_size", "tile_size", "sizes"),
+    [
+        ((8, 8), None, {(16, 16)}),
+        ((8, 8), 12, {(16, 16), (12, 12)}),  # at 12 × 12 the decoder is part of the trajectory
+        ((8, 8), 4, {(16, 16)}),  # nothing as small as a tile is ever drawn
+    ],
+)
+def test_the_sizes_that_may_take_the_most_memory_can_be_drawn(
+    min_size: tuple[int, int], tile_size: int | None, sizes: set[tuple[int, int]]
+) -> None:
+    changed = replace(PIPELINE, min_size=min_size, max_size=(16, 16), tile_size=tile_size)
+    assert changed.demanding_sizes == sizes
+
+
 def _of_other_model(**changes: Any) -> Schedule:
     return replace(SCHEDULE, model=replace(SCHEDULE.model, **changes))
 

@@ -92,7 +92,7 @@ def _png(seed: int) -> bytes:
 @pytest.fixture
 def given() -> ReportInput:
     record = SearchRecord(
-        schema=1,
+        schema=2,
         model="tiny",
         sampler="DDIM-6",
         guidance_scale=3.5,
@@ -108,6 +108,7 @@ def given() -> ReportInput:
             _point("fewer_steps", relative_l2=0.2),
         ),
         made_by=MADE_BY,
+        prompts=(),
     )
     schedules = {name: f"schedules/{name}.json" for name in RHYTHMS}
     engines = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hemiola_export.errors import UnsupportedSolverError
+from hemiola_export.errors import ExportError, UnsupportedSolverError
 from hemiola_export.model import Model, load_model
 from hemiola_runtime.codec import write_json
 from hemiola_runtime.noise import noise_from_seeds
@@ -270,14 +270,31 @@ def test_a_search_on_prompts_records_those_of_its_held_out_images(of_prompts: Mo
     chosen_by = replace(OPTIONS.selector, score="cross_attention_entropy")
     problem = _problem(of_prompts, selector=chosen_by)
     found = find_schedule(of_prompts, problem, "procache", None, subjects=SUBJECTS)
-    held_out = draw_task(of_prompts, problem, SUBJECTS, OPTIONS.seed + HELD_OUT_SEED, OPTIONS.num_held_out)
+    seed, skipped = OPTIONS.seed + HELD_OUT_SEED, OPTIONS.num_images
+    held_out = draw_task(of_prompts, problem, SUBJECTS, seed, OPTIONS.num_held_out, skipped=skipped)
     assert found.record.prompts == held_out.prompts
-    assert set(held_out.prompts) == set(SUBJECTS.prompts)
+    assert set(held_out.prompts) <= set(SUBJECTS.prompts)
     assert found.schedule.selector == chosen_by
     assert found.schedule.model == of_prompts.identity
     write_json(found.record, tmp_path / "search.json")
     assert read_record(tmp_path / "search.json") == found.record
     assert _points(found.record, "held_out")[0].quality["relative_l2"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"score": "cross_attention_entropy"}, "needs cross-attention"), ({"spatial_size": 3}, "does not divide")],
+)
+def test_a_selector_that_cannot_rank_is_refused_before_anything_runs(
+    model: Model, changes: dict[str, Any], said: str
+) -> None:
+    problem = _problem(model, selector=replace(OPTIONS.selector, **changes))
+    with pytest.raises(ExportError, match=said):
+        find_schedule(model, problem, "procache", None, on_stage=_nothing_runs)
+
+
+def _nothing_runs(stage: str) -> None:
+    raise AssertionError(stage)
 
 
 def test_a_search_on_labels_records_no_prompts(found: Found) -> None:
@@ -327,7 +344,7 @@ def test_a_published_schedule_needs_no_prompts(of_prompts: Model) -> None:
     [
         (None, "cannot read .*search.json: No such file.*`hemiola search` writes it"),
         ("{", "search.json: not valid JSON.*`hemiola search` writes valid records"),
-        ('{"schema": 1}', "search.json: missing key 'model'"),
+        ('{"schema": 2}', "search.json: missing key 'model'"),
     ],
 )
 def test_a_record_that_is_none_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

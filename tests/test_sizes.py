@@ -58,10 +58,10 @@ def test_a_model_of_labels_draws_one_size_alone(of_labels: Model, sizes: Sizes) 
         (Sizes(smallest=(15, 16)), r"a latent becomes 2 pixels, which does not divide \(15, 16\)"),
         (Sizes(largest=(18, 16)), "the smallest and the largest height are multiples of 4 pixels"),
         (Sizes(smallest=(8, 10)), "the smallest and the largest width are multiples of 4 pixels"),
-        (Sizes(smallest=(20, 16)), "the height that the model is configured for .*: not 20 ≤ 16 ≤ 16"),
-        (Sizes(largest=(16, 12)), "the width that the model is configured for .*: not 16 ≤ 16 ≤ 12"),
-        (Sizes(smallest=(0, 16)), "the height that the model is configured for .*: not 0 ≤ 16 ≤ 16"),
-        (Sizes(smallest=(-4, 16)), "the height that the model is configured for .*: not -4 ≤ 16 ≤ 16"),
+        (Sizes(smallest=(20, 16)), "the model's own height lies between .*: not 20 ≤ 16 ≤ 16"),
+        (Sizes(largest=(16, 12)), "the model's own width lies between .*: not 16 ≤ 16 ≤ 12"),
+        (Sizes(smallest=(0, 16)), "the model's own height lies between .*: not 0 ≤ 16 ≤ 16"),
+        (Sizes(smallest=(-4, 16)), "the model's own height lies between .*: not -4 ≤ 16 ≤ 16"),
     ],
 )
 def test_sizes_that_the_model_cannot_draw_are_refused(model: Model, sizes: Sizes, message: str) -> None:

@@ -84,12 +84,21 @@ def test_prompts_are_drawn_by_chance_each_once_before_any_is_drawn_again(of_prom
 
 
 def test_the_same_seed_draws_the_same_prompts_and_another_draws_others(of_prompts: Model) -> None:
-    drawn = {seed: draw_task(of_prompts, problem(of_prompts), Subjects(PROMPTS), seed, count=5) for seed in (0, 1, 2)}
-    again = draw_task(of_prompts, problem(of_prompts), Subjects(PROMPTS), 0, count=5)
+    asked = problem(of_prompts)
+    by_seed = {seed: replace(asked, options=replace(asked.options, seed=seed)) for seed in (0, 1, 2)}
+    drawn = {seed: draw_task(of_prompts, by_seed[seed], Subjects(PROMPTS), 0, count=5) for seed in by_seed}
+    again = draw_task(of_prompts, by_seed[0], Subjects(PROMPTS), 0, count=5)
     assert again.prompts == drawn[0].prompts
     for name, values in again.requests.conditions.items():
         assert torch.equal(values, drawn[0].requests.conditions[name])
     assert len({task.prompts for task in drawn.values()}) == 3  # of 120 orders
+
+
+def test_prompts_that_are_left_to_others_come_last(of_prompts: Model) -> None:
+    asked = problem(of_prompts)
+    searched = draw_task(of_prompts, asked, Subjects(PROMPTS), 0, count=2)
+    held_out = draw_task(of_prompts, asked, Subjects(PROMPTS), 9, count=3, skipped=2)
+    assert sorted(searched.prompts + held_out.prompts) == sorted(PROMPTS)
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [("classifier_free", 2), ("none", 1)])

@@ -238,8 +238,8 @@ BAD_SIZES = [
     (["--min-size", "7x8"], ["a latent becomes 2 pixels, which does not divide (7, 8)"]),
     (["--min-size", "12x8"], ["the smallest and the largest height are multiples of 8 pixels"]),
     (["--max-size", "16x28"], ["the smallest and the largest width are multiples of 8 pixels"]),
-    (["--max-size", "8x16"], ["the height that the model is configured for lies between the others: not 16 ≤ 16 ≤ 8"]),
-    (["--min-size", "0x16"], ["the height that the model is configured for lies between the others: not 0 ≤ 16 ≤ 16"]),
+    (["--max-size", "8x16"], ["the model's own height lies between the smallest and the largest: not 16 ≤ 16 ≤ 8"]),
+    (["--min-size", "0x16"], ["the model's own height lies between the smallest and the largest: not 0 ≤ 16 ≤ 16"]),
     (["--max-size", "24x24", "--tile-size", "6"], ["a tile is a multiple of 4 pixels, not 6"]),
 ]
 

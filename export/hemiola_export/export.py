@@ -157,6 +157,8 @@ def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int, 
         "guidance", {name: schedule.guidance for name, schedule in schedules.items()}
     )
     min_size, max_size = sizes.in_latents(model, selector)
+    if model.vae is None and sizes.tile is not None:
+        raise ExportError("the model draws pixels and has no VAE that could decode in tiles; leave --tile-size out")
     return Pipeline(
         model=model.identity,
         guidance=guidance,

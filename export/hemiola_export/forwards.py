@@ -288,6 +288,11 @@ class Tokens(StepForward):
         return (TensorSpec("token_squares", "int64", (self.num_tokens,)),) if has_bonus else ()
 
     @property
+    def example_sizes(self) -> dict[str, int]:
+        selector = self.config.selector
+        return {} if selector is None else {"N": 16 * selector.spatial_size**2}
+
+    @property
     def writes(self) -> tuple[TensorSpec, ...]:
         recomputed = [branch for branch in self.family.branches if branch != ATTENTION]
         return (*self._caches("deep", recomputed), self._selection()[1])

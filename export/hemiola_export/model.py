@@ -104,18 +104,18 @@ def load_model(source: str) -> Model:
     class_name = _read_json(folder / "transformer" / "config.json", "the model has no transformer").get("_class_name")
     if class_name not in FAMILIES:
         raise ExportError(f"{source} holds a {class_name}; Hemiola opens {', '.join(FAMILIES)}")
-    transformer = getattr(diffusers, class_name).from_pretrained(
-        folder / "transformer", torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
+    transformer = _whole(getattr(diffusers, class_name), folder / "transformer")
     text = _text(folder, index, transformer)
     settings = {} if text is None else {"num_text_tokens": text.tokenizer.num_tokens}
     family = open_transformer(transformer, **settings)
+    if text is None and not family.num_classes:
+        raise ExportError(
+            f"{source} draws prompts, but has no text_encoder/. Take the folder of the whole pipeline, or copy "
+            "text_encoder/ and tokenizer/ from the model that this one was trained from"
+        )
     vae = None
     if (folder / "vae").is_dir():
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
-        )
-        vae = vae.eval().requires_grad_(False)
+        vae = _whole(diffusers.AutoencoderKL, folder / "vae").eval().requires_grad_(False)
     identity = ModelIdentity(
         family=family.key,
         name=folder.name if Path(source).is_dir() else source,
@@ -126,9 +126,24 @@ def load_model(source: str) -> Model:
     return Model(identity, transformer, family, scheduler, vae, _labels(index, family.num_classes), text)
 
 
+def _whole(module: Any, folder: Path) -> Any:
+    """Load a diffusers module in float32."""
+    loaded, info = module.from_pretrained(
+        folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+    )
+    _check_whole(folder, info)
+    return loaded
+
+
+def _check_whole(folder: Path, info: dict[str, Any]) -> None:
+    """Make sure that no weight is missing: the libraries would draw it at random, with no more than a warning."""
+    if missing := sorted(info["missing_keys"]):
+        raise ExportError(f"{folder} lacks {len(missing)} weights, as {missing[0]}. Fetch the model again")
+
+
 def _text(folder: Path, index: dict[str, Any], transformer: Any) -> Text | None:
     """Open tokenizer and text encoder of a model that draws prompts."""
-    if not (folder / "text_encoder").is_dir():
+    if not (folder / "text_encoder").is_dir() or not hasattr(transformer, "caption_projection"):
         return None
     import transformers  # takes seconds, and models of labels do without
 
@@ -137,12 +152,15 @@ def _text(folder: Path, index: dict[str, Any], transformer: Any) -> Text | None:
     num_tokens = TEXT_TOKENS.get(str(index.get("_class_name")))
     tokenizer = read_tokenizer(folder / "tokenizer", num_tokens)
     transformers.utils.logging.disable_progress_bar()  # commands show their own
-    encoder = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    encoder, info = transformers.T5EncoderModel.from_pretrained(
+        folder / "text_encoder", dtype=torch.float32, output_loading_info=True
+    )
+    _check_whole(folder / "text_encoder", info)
     if tokenizer.num_ids > encoder.config.vocab_size:
         raise ExportError(
             f"the tokenizer has {tokenizer.num_ids} tokens, but the text encoder embeds {encoder.config.vocab_size}"
         )
-    projection = getattr(transformer, "caption_projection", None) or nn.Identity()
+    projection = transformer.caption_projection or nn.Identity()
     return Text(tokenizer, encoder.eval().requires_grad_(False), projection.eval().requires_grad_(False))
 
 

@@ -24,6 +24,11 @@ class NamedModule(nn.Module, ABC):
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the outputs."""
 
+    @property
+    def example_sizes(self) -> dict[str, int]:
+        """Numbers of those symbols for which tracing has no free choice."""
+        return {}
+
     @abstractmethod
     def forward(self, tensors: Tensors) -> Tensors:
         """Map the inputs, by name, to the outputs."""

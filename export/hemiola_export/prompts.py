@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[str]:
         ExportError: there is no such file, or it holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"cannot read the prompts {path}: {error}") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):

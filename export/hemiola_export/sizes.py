@@ -50,7 +50,7 @@ class Sizes:
                 raise ExportError(f"the smallest and the largest {name} are multiples of {step} pixels")
             if not 0 < small <= usual <= large:
                 pixels = " ≤ ".join(str(side * model.pixels_per_latent) for side in (small, usual, large))
-                raise ExportError(f"the {name} that the model is configured for lies between the others: not {pixels}")
+                raise ExportError(f"the model's own {name} lies between the smallest and the largest: not {pixels}")
         return least, most
 
     @staticmethod

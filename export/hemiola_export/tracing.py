@@ -21,7 +21,7 @@ TORCH_DTYPES: Final = {
 
 def example_inputs(module: NamedModule, rows_per_image: int) -> Tensors:
     """Make inputs of zeros, by name."""
-    sizes = EXAMPLE | {"R": rows_per_image * EXAMPLE["B"]}
+    sizes = EXAMPLE | {"R": rows_per_image * EXAMPLE["B"]} | module.example_sizes
     return {spec.name: torch.zeros(spec.resolve(sizes), dtype=TORCH_DTYPES[spec.dtype]) for spec in module.inputs}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from hemiola_runtime.graphs import STEP_TABLE
 from hemiola_runtime.program import tokens_by_square
 from hemiola_runtime.schedule import Forward, Step, TokenSelector
 from hemiola_runtime.solver_table import SolverTable
+
+TOKENS_AT_ONCE: Final = 32 * 256  # 32 images of 256 × 256 pixels: the caches of DiT-XL/2 then take 4 GB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +74,19 @@ class Trajectory:
     pixels_per_latent: int = 1
 
     @torch.inference_mode()
-    def run(self, requests: Requests, *, batch_size: int = 32, on_step: Callable[[], None] | None = None) -> Tensor:
+    def run(
+        self, requests: Requests, *, batch_size: int | None = None, on_step: Callable[[], None] | None = None
+    ) -> Tensor:
         """Draw the final latents of all requests, (B, C, H, W).
 
         Args:
             requests: any number.
-            batch_size: how many run at once.
+            batch_size: how many run at once; None for as many as have TOKENS_AT_ONCE tokens.
             on_step: called after every step of every batch, for progress and interruption.
         """
         count = len(requests)
+        if batch_size is None:
+            batch_size = max(1, TOKENS_AT_ONCE * self.family.patch_size**2 // requests.noise[0, 0].numel())
         parts = [requests.part(start, start + batch_size) for start in range(0, count, batch_size)]
         return torch.cat([self._run_batch(part, on_step) for part in parts])
 

@@ -101,11 +101,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _examine_bundle(bundle: Path) -> int:
     from hemiola_runtime.bundle import open_bundle
+    from hemiola_runtime.graph_set import TOKENIZER_FILE
 
-    manifest = open_bundle(bundle).manifest
-    reason = _run_obstacle(manifest.backend)
-    if reason is None and manifest.pipeline.text is not None and not _is_found("tokenizers"):
-        reason = "it draws prompts, and tokenizers is not installed. Install it with: pip install 'hemiola[text]'"
+    opened = open_bundle(bundle)
+    reason = _run_obstacle(opened.manifest.backend)
+    if reason is None and (text := opened.manifest.pipeline.text) is not None:
+        reason = _text_obstacle(opened.files[TOKENIZER_FILE], text.num_tokens)
     sys.stdout.write(f"{bundle} runs here\n" if reason is None else f"{bundle} does not run here: {reason}\n")
     return 0 if reason is None else 1
 
@@ -141,6 +142,16 @@ def _run_obstacle(spec: BackendSpec) -> str | None:
         return obstacle(spec)
     except Exception as error:  # as above
         return _reason(error)
+
+
+def _text_obstacle(tokenizer: bytes, num_tokens: int) -> str | None:
+    from hemiola_runtime.text import check_tokenizer
+
+    try:
+        check_tokenizer(tokenizer, num_tokens)
+    except HemiolaError as error:
+        return str(error)
+    return None
 
 
 def _reason(error: Exception) -> str:

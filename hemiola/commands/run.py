@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--label", action="append", help="number or name of a class; may be given again")
     subject.add_argument("--prompt", action="append", help="what to draw; may be given again")
-    parser.add_argument("--negative-prompt", help="what guidance leads away from; default is the empty prompt")
+    parser.add_argument(
+        "--negative-prompt",
+        action="append",
+        help="what guidance leads away from: one for all, or given again for each; default is the empty prompt",
+    )
     parser.add_argument("--height", type=positive, help="of the pictures in pixels; default is the bundle's")
     parser.add_argument("--width", type=positive, help="likewise")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count up")
@@ -33,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw."""
-    from hemiola.pictures import as_png, row_of
+    from hemiola.pictures import as_png, enlargement, row_of
     from hemiola.progress import Bar
     from hemiola_runtime.artifacts import write_together
     from hemiola_runtime.sampler import Sampler
 
-    check_output_file(options.out)
+    check_output_file(options.out, ".png")
     check_output_file(options.report)
     labels = options.label and [int(text) if re.fullmatch(r"-?[0-9]+", text) else text for text in options.label]
+    negative = options.negative_prompt
     with Sampler.open(options.bundle, schedule=options.schedule, num_threads=options.threads) as sampler:
         steps = len(sampler.schedules[sampler.default_schedule].steps)
         with Bar("run", total=steps, unit="step") as bar:
@@ -48,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             steps_done = sampler.stream(
                 labels=labels,
                 prompts=options.prompt,
-                negative_prompts=options.negative_prompt,
+                negative_prompts=negative[0] if negative and len(negative) == 1 else negative,
                 seeds=options.seed,
                 guidance_scale=options.guidance_scale,
                 height=options.height,
@@ -66,5 +71,8 @@ def run(options: argparse.Namespace) -> int:
     report = result.report
     for prompt, num_tokens in (report.text.truncated if report.text else {}).items():
         sys.stderr.write(f"warning: the prompt {prompt[:60]!r} has {num_tokens} tokens; its end was not read\n")
-    sys.stdout.write(f"{report.schedule}: {report.rhythm}\n{report.wall_ms:.0f} ms; wrote {options.out}\n")
+    height, width = result.images.shape[1:3]
+    factor = enlargement(height, width)
+    size = f"{height}×{width} pixels" + (f", each drawn {factor} times as large" if factor > 1 else "")
+    sys.stdout.write(f"{report.schedule}: {report.rhythm}\n{report.wall_ms:.0f} ms; wrote {options.out}: {size}\n")
     return 0

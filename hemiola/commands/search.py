@@ -120,6 +120,8 @@ def _papers_choice(options: argparse.Namespace, model: Any) -> tuple[int, int, f
     """
     steps, budget, scale = (50, 17, 4.0) if model.text is None else (20, 7, 4.5)
     asked = options.steps or steps
+    if options.budget is not None and options.budget > asked:
+        raise RequestError(f"a budget of {options.budget} full steps is more than {asked} steps have")
     share = max(1, round(budget * asked / steps))
     return asked, options.budget or share, scale if options.guidance_scale is None else options.guidance_scale
 
@@ -132,7 +134,11 @@ def _write(artifacts: dict[Path, Any], out: Path) -> int:
     write_together({path: as_json(artifact) for path, artifact in artifacts.items()})
     schedule = artifacts[out]
     figures = ", ".join(f"{name} {value:.4g}" for name, value in schedule.measured.items())
-    sys.stdout.write(f"{schedule.rhythm}\n{schedule.summary}\n{figures}\nwrote {out}\n")
+    sys.stdout.write(f"{schedule.rhythm}\n{schedule.summary}\n{figures}\n")
+    for path, other in artifacts.items():
+        if path.parent.name == "baselines":
+            sys.stdout.write(f"{path.stem}: {other.summary}, relative_l2 {other.measured['relative_l2']:.4g}\n")
+    sys.stdout.write(f"wrote {out}\n")
     return 0
 
 
@@ -149,15 +155,24 @@ def _judge_folder(options: argparse.Namespace) -> Path | None:
 def _subjects(options: argparse.Namespace, model: Any) -> Any:
     """Return the prompts of a model that draws them."""
     from hemiola_export.prompts import read_prompts
-    from hemiola_search.tasks import Subjects, judged_prompts
+    from hemiola_search.tasks import PROMPTS_FILE, Subjects, judged_prompts
 
     if model.text is None:
         if options.prompts is not None:
             raise RequestError("the model draws images of labels; leave --prompts out")
         return Subjects()
     folder = _judge_folder(options)
-    known = judged_prompts(folder) if folder is not None else Subjects()
-    return known if options.prompts is None else Subjects(tuple(read_prompts(options.prompts)), known.answers)
+    has_answers = folder is not None and (options.prompts is None or (folder / PROMPTS_FILE).is_file())
+    known = judged_prompts(folder) if folder is not None and has_answers else Subjects()
+    if options.prompts is None:
+        return known
+    prompts = read_prompts(options.prompts)
+    if len(prompts) < options.images + options.held_out:
+        sys.stderr.write(
+            f"warning: {options.prompts} holds {len(prompts)} prompts for {options.images} searched and "
+            f"{options.held_out} held-out images: prompts repeat, with other noise\n"
+        )
+    return Subjects(tuple(prompts), known.answers)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

@@ -43,9 +43,20 @@ def run(options: argparse.Namespace) -> int:
             )
     else:
         sys.stdout.write("there are no reference images: the export was made with --no-reference\n")
+        for name, rhythm in _ran(options.bundle).items():
+            sys.stdout.write(f"{name}: ran {rhythm}\n")
     if options.reference is not None:
         write_parity(options.bundle, parity, _compare_forwards(options, bundle))
     return 0
+
+
+def _ran(bundle: Path) -> dict[str, str]:
+    """Draw a picture with every schedule; returns what ran."""
+    from hemiola_runtime.bench import sample
+    from hemiola_runtime.sampler import Sampler
+
+    with Sampler.open(bundle) as sampler:
+        return {name: sample(sampler, name, 1).rhythm for name in sampler.schedules}
 
 
 def _compare_forwards(options: argparse.Namespace, bundle: Bundle) -> dict[str, float]:

@@ -47,6 +47,8 @@ class Component:
 
     def _bound(self, size: Size) -> BoundProgram:
         key = (self._name, 1, size)
+        if (program := self._slot.prepared(key, as_one=False)) is not None:
+            return program
         return self._slot.prepare(key, lambda: lower_alone(self._manifest, *key), as_one=False)
 
     def run(self, size: Size, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -120,7 +120,9 @@ class Pipeline:
     @property
     def demanding_sizes(self) -> set[tuple[int, int]]:
         """The sizes one of which takes the most memory: the largest, and the largest that is decoded at once."""
-        return {self.max_size, self.tile_of(self.max_size)}
+        tile = self.tile_of(self.max_size)
+        is_drawn = all(least <= side for least, side in zip(self.min_size, tile, strict=True))
+        return {self.max_size, tile} if is_drawn else {self.max_size}
 
     def symbols(self, batch_size: int, num_evaluations: int, size: tuple[int, int] | None = None) -> dict[str, int]:
         """Return the number behind every symbol of a shape; K, which differs from step to step, is 0."""

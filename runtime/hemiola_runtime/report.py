@@ -35,11 +35,11 @@ class RunReport:
         schedule: name of the schedule.
         rhythm: one letter per step, of the forwards that ran.
         batch_size: images.
-        counts: how often each engine ran.
+        counts: how often each engine ran, text encoder and decoder of tiles aside.
         engine_ms: milliseconds spent in each engine, all its runs together; empty where the trajectory ran as one
             captured CUDA graph.
         trajectory_ms: milliseconds from the begin of the first launch to the end of the last.
-        wall_ms: milliseconds from writing the request into the workspace to the last image.
+        wall_ms: milliseconds from the begin of the request, the encoding of its prompts included, to the last image.
         graph_bytes: device memory of the captured trajectory; None if it ran launch by launch.
         text: what became of the prompts; None where images are drawn of labels.
     """
@@ -56,7 +56,7 @@ class RunReport:
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time that was spent outside engines, or outside the captured graph."""
+        """Share of the wall time that was spent outside the trajectory's engines, or outside the captured graph."""
         inside = self.trajectory_ms if self.graph_bytes is not None else sum(self.engine_ms.values())
         return 1 - inside / self.wall_ms if self.wall_ms else 0.0
 

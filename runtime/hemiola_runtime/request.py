@@ -183,7 +183,11 @@ def _label_number(name: str, known: dict[str, str]) -> int:
     meant = [label for label, names in known.items() if name == names]
     meant = meant or [label for label, names in known.items() if name in map(str.strip, names.split(","))]
     if not meant:
-        raise RequestError(f"unknown label {name!r}; `hemiola inspect` of the bundle lists them")
+        has_names = any(label != names for label, names in known.items())
+        lists = (
+            "`hemiola inspect` of the bundle lists them" if has_names else f"they are numbers, 0 to {len(known) - 1}"
+        )
+        raise RequestError(f"unknown label {name!r}; {lists}")
     if len(meant) > 1:
         raise RequestError(f"label {name!r} is the name of {len(meant)} classes: {', '.join(meant)}. Give the number")
     return int(meant[0])
@@ -229,7 +233,9 @@ def _latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np
         kind = latents.dtype if isinstance(latents, np.ndarray) else type(latents).__name__
         raise RequestError(f"latents are a numpy array of float32, not {kind}. Convert with .astype(numpy.float32)")
     if latents.shape != shape:
-        raise RequestError(f"latents have shape {latents.shape} where this request needs {shape}")
+        raise RequestError(
+            f"latents have shape {latents.shape} where this request needs {shape}: images, channels, height and width"
+        )
     if not np.isfinite(latents).all():
         raise RequestError("latents hold NaN or infinity")
     return latents

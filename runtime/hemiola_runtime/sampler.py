@@ -19,6 +19,7 @@ from hemiola_runtime.backends import BackendOptions, Engine, entry_of, open_back
 from hemiola_runtime.bundle import Bundle, open_bundle
 from hemiola_runtime.components import Components
 from hemiola_runtime.errors import CancelledError, HemiolaError, NumericError, RequestError, ScheduleError
+from hemiola_runtime.graph_set import TOKENIZER_FILE
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.memory import MemoryPlan, plan_memory
 from hemiola_runtime.patches import from_patches
@@ -29,6 +30,7 @@ from hemiola_runtime.results import Progress, Result, as_bytes, latents_to_pixel
 from hemiola_runtime.schedule import Schedule, read_schedule
 from hemiola_runtime.slot import BoundProgram, Slot
 from hemiola_runtime.solver_table import SolverTable
+from hemiola_runtime.text import check_tokenizer
 
 Size = tuple[int, int]  # (H, W) of latents
 
@@ -68,6 +70,8 @@ class Sampler:
         self._engines: dict[str, Engine] = {}
         self._slots: list[Slot] = []
         self._components: Components | None = None
+        if (text := self._manifest.pipeline.text) is not None:  # before what may take minutes
+            check_tokenizer(bundle.files[TOKENIZER_FILE], text.num_tokens)
         self._backend = open_backend(
             self._manifest.backend,
             BackendOptions(bundle.weights, bundle.weights_folder, options.num_threads, self._manifest.made_by.command),

@@ -24,6 +24,7 @@ Encode = Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]
 
 CAPACITY_BYTES: Final = 128 << 20  # 242 prompts of PixArt-α, 97 of PixArt-Σ
 SHOWN: Final = 60  # characters of a prompt in a message
+MAX_CHARACTERS: Final = 1 << 16  # of a prompt: encoders read some hundred tokens of it, tokenizers all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,20 @@ class PromptCache:
         return embedding
 
 
+def check_tokenizer(tokenizer_json: bytes, num_tokens: int) -> None:
+    """Make sure that a tokenizer can be opened, and fills prompts up to `num_tokens` tokens.
+
+    Raises:
+        BundleError: the tokenizers library is missing, or this is no such tokenizer.
+    """
+    _, found = _opened(tokenizer_json)
+    if found != num_tokens:
+        raise BundleError(
+            f"the bundle's tokenizer makes {found} tokens of a prompt, but its text encoder reads {num_tokens}. Export "
+            "the model and build the bundle again"
+        )
+
+
 def _opened(data: bytes) -> tuple[Tokenizer, int]:
     """Return the tokenizer and S."""
     try:
@@ -202,6 +217,8 @@ def check_prompts(prompts: Sequence[str], what: str = "prompts") -> Sequence[str
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise RequestError(f"a prompt is text, not {_shown(prompt)}")
+        if len(prompt) > MAX_CHARACTERS:
+            raise RequestError(f"a prompt has {MAX_CHARACTERS} characters at most; {_shown(prompt)} has {len(prompt)}")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

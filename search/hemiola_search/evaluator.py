@@ -20,7 +20,7 @@ from hemiola_search.problem import Candidate, Problem, Scored
 from hemiola_search.quality import psnr, relative_l2, ssim
 from hemiola_search.tasks import Task
 
-DECODED_AT_ONCE: Final = 8  # a VAE's activations are large
+LATENTS_DECODED_AT_ONCE: Final = 8 * 32 * 32  # a VAE's activations are large: eight pictures of 256 × 256 pixels
 
 OnStep = Callable[[], None]
 
@@ -88,6 +88,7 @@ class Evaluator:
         if self._decoder is None:
             return latents_to_pixels(latents)
         with torch.inference_mode():
-            parts = torch.from_numpy(latents).split(DECODED_AT_ONCE)
+            at_once = max(1, LATENTS_DECODED_AT_ONCE // latents[0, 0].size)
+            parts = torch.from_numpy(latents).split(at_once)
             images: NDArray[np.float32] = torch.cat([self._decoder.decode(x) for x in parts]).numpy()
         return images

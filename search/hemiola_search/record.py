@@ -41,7 +41,7 @@ class SearchRecord:
     """All that a search tried.
 
     Attributes:
-        schema: of the file, now 1.
+        schema: of the file, now 2.
         model: name of the model.
         sampler: as in `DDIM-50`.
         guidance_scale: of all trajectories.
@@ -53,7 +53,7 @@ class SearchRecord:
         prompts: of the held-out images; none where images are drawn of labels.
     """
 
-    schema: Literal[1]
+    schema: Literal[2]
     model: str
     sampler: str
     guidance_scale: float
@@ -62,7 +62,7 @@ class SearchRecord:
     chosen: str
     points: tuple[Point, ...]
     made_by: MadeBy
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...]
 
 
 def read_record(path: Path) -> SearchRecord:

@@ -145,7 +145,7 @@ def _headline(chosen: Measurement, best: Point) -> list[dict[str, str]]:
         {"value": f"{best.quality['psnr']:.1f} dB", "name": "PSNR against uncached"},
     ]
     if "agreement" in best.quality:
-        figures.append({"value": f"{best.quality['agreement']:.1%}", "name": "read as their label by the judge"})
+        figures.append({"value": f"{best.quality['agreement']:.1%}", "name": "as asked, by the judge"})
     return figures
 
 
@@ -188,7 +188,7 @@ def _rows(points: Sequence[Point], latency: LatencyModel, chosen: str) -> list[d
                 "psnr": "–" if point.strategy == UNCACHED else f"{quality['psnr']:.1f}",
                 "ssim": f"{quality['ssim']:.4f}",
                 "agreement": f"{quality['agreement']:.1%}" if "agreement" in quality else "–",
-                "frechet": f"{quality['frechet']:.2f}" if "frechet" in quality else "–",
+                "frechet": f"{quality['frechet']:.4g}" if "frechet" in quality else "–",
                 "gflops": f"{1000 * point.tera_flops:.1f}",
             }
         )

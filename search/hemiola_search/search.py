@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from hemiola_export.errors import UnsupportedSolverError
 from hemiola_export.model import Model
+from hemiola_export.selection import check_selector
 from hemiola_export.solver import measure_solver
 from hemiola_runtime.artifacts import MadeBy
 from hemiola_runtime.schedule import FoundBy, Schedule
@@ -109,6 +110,8 @@ def find_schedule(
     """
     options, subjects = problem.options, subjects or Subjects()
     problem.table(problem.num_inference_steps)  # refuse early what cannot be compiled
+    if options.selective == "tokens":
+        check_selector(options.selector, model.family, model.family.num_tokens)
     on_stage("uncached run")
     task = draw_task(model, problem, subjects, options.seed, options.num_images)
     searched = Evaluator(model, problem, task, None, on_step)
@@ -122,7 +125,7 @@ def find_schedule(
     best = STRATEGIES[strategy](problem, score)[0].candidate
     on_stage("uncached run of held-out images")
     first = options.seed + HELD_OUT_SEED
-    task = draw_task(model, problem, subjects, first, options.num_held_out)
+    task = draw_task(model, problem, subjects, first, options.num_held_out, skipped=options.num_images)
     held_out = Evaluator(model, problem, task, judge, on_step)
     compared = _comparison(problem, best, tried)
     final = [held_out.score_uncached()]
@@ -136,7 +139,7 @@ def find_schedule(
         for name, candidate in {strategy: best, **_baselines(problem)}.items()
     }
     record = SearchRecord(
-        schema=1,
+        schema=2,
         model=model.identity.name,
         sampler=problem.scheduler.label,
         guidance_scale=options.guidance_scale,

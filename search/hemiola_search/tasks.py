@@ -68,8 +68,12 @@ def judged_prompts(judge: Path) -> Subjects:
     return Subjects(tuple(answers), answers)
 
 
-def draw_task(model: Model, problem: Problem, subjects: Subjects, first_seed: int, count: int) -> Task:
-    """Choose `count` images, one seed each: all classes in turn, or prompts by chance, the same for the same seed.
+def draw_task(
+    model: Model, problem: Problem, subjects: Subjects, first_seed: int, count: int, *, skipped: int = 0
+) -> Task:
+    """Choose `count` images, one seed each: all classes in turn, or prompts in the order that the seed gives.
+
+    The first `skipped` prompts of that order are left to others, as long as there are enough.
 
     Raises:
         SearchError: the model draws prompts, and there are none.
@@ -81,8 +85,9 @@ def draw_task(model: Model, problem: Problem, subjects: Subjects, first_seed: in
         return Task(Requests({"labels": labels}, noise, guidance), labels.numpy())
     if not subjects.prompts:
         raise SearchError("the model draws prompts; name a file that holds some, one on each line, with --prompts")
-    by_chance = np.random.Generator(np.random.Philox(key=first_seed)).permutation(len(subjects.prompts)).tolist()
-    prompts = [subjects.prompts[by_chance[i % len(by_chance)]] for i in range(count)]
+    generator = np.random.Generator(np.random.Philox(key=problem.options.seed))
+    order = generator.permutation(len(subjects.prompts)).tolist()
+    prompts = [subjects.prompts[order[(skipped + i) % len(order)]] for i in range(count)]
     conditions = embed_prompts(model, prompts, is_guided=problem.guidance == "classifier_free")
     is_known = all(prompt in subjects.answers for prompt in prompts)
     answers = np.array([subjects.answers[prompt] for prompt in prompts]) if is_known else None

@@ -242,7 +242,7 @@ class CudaWorkspace:
     def close(self) -> None:
         """Free the memory and all that belongs to the workspace; all of it, whatever fails on the way."""
         with self._owned:
-            self.wait()
+            self.release()
 
 
 class CudaTimeline:
