@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hemiola_export.errors import ExportError
-from hemiola_export.families.seams import ATTENTION, Block, Family, Read, Side
+from hemiola_export.families.seams import ATTENTION, CROSS, Block, Family, Read, Side
 from hemiola_runtime.schedule import TokenSelector
 
-CROSS: Final = "cross"
 Scored = tuple[Tensor, Tensor]  # what the branch gives (R, N, D), and a score for each token (B, N)
 Scorer = Callable[[Block, Tensor, Read, int], Scored]  # of a block, x (R, N, D), what it reads, rows per image
 

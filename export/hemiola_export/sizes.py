@@ -7,9 +7,10 @@ from typing import Final
 
 from hemiola_export.errors import ExportError
 from hemiola_export.model import Model
+from hemiola_runtime.pipeline import Size
 from hemiola_runtime.schedule import TokenSelector
 
-Size = tuple[int, int]  # (height, width)
+Pixels = tuple[int, int]  # (height, width)
 UNTILED: Final = 128  # side of the largest latents that are decoded at once: 1024 pixels of a usual VAE
 
 
@@ -24,8 +25,8 @@ class Sizes:
             usual VAE.
     """
 
-    smallest: Size | None = None
-    largest: Size | None = None
+    smallest: Pixels | None = None
+    largest: Pixels | None = None
     tile: int | None = None
 
     def in_latents(self, model: Model, selector: TokenSelector | None) -> tuple[Size, Size]:
@@ -54,7 +55,7 @@ class Sizes:
         return least, most
 
     @staticmethod
-    def _latents(model: Model, size: Size | None, default: Size) -> Size:
+    def _latents(model: Model, size: Pixels | None, default: Size) -> Size:
         if size is None:
             return default
         if any(side % model.pixels_per_latent for side in size):

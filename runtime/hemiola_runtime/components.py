@@ -16,14 +16,13 @@ from hemiola_runtime.graph_set import TOKENIZER_FILE
 from hemiola_runtime.graphs import TEXT_ENCODER, VAE_DECODER
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.patches import to_patches
+from hemiola_runtime.pipeline import Size
 from hemiola_runtime.program import lower_alone
 from hemiola_runtime.report import TextReport
 from hemiola_runtime.request import Request, by_image
 from hemiola_runtime.slot import BoundProgram, Slot
 from hemiola_runtime.text import PromptCache
 from hemiola_runtime.tiles import decode_in_tiles
-
-Size = tuple[int, int]  # (H, W) of latents
 
 
 class Component:

@@ -10,6 +10,8 @@ from hemiola_runtime.errors import ScheduleError
 from hemiola_runtime.graphs import STEP_TABLE
 from hemiola_runtime.schedule import ModelIdentity, Schedule, Step, TokenSelector
 
+Size = tuple[int, int]  # (H, W) of latents
+
 
 @dataclass(frozen=True, slots=True)
 class TextSpec:
@@ -62,8 +64,8 @@ class Pipeline:
     selector: TokenSelector | None
     labels: dict[str, str]
     text: TextSpec | None
-    min_size: tuple[int, int]
-    max_size: tuple[int, int]
+    min_size: Size
+    max_size: Size
     pixels_per_latent: int
     image_channels: int
     tile_size: int | None
@@ -81,7 +83,7 @@ class Pipeline:
                 raise ValueError(f"the sides {least} ≤ {side} ≤ {most} of a picture are out of order")
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """(H, W) that is drawn by default."""
         return self.model.latent_shape[1:]
 
@@ -95,36 +97,36 @@ class Pipeline:
         """2 under classifier-free guidance, else 1."""
         return 2 if self.guidance == "classifier_free" else 1
 
-    def tokens_of(self, size: tuple[int, int]) -> int:
+    def tokens_of(self, size: Size) -> int:
         """Return N at some size."""
         return math.prod(self.grid_of(size))
 
-    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+    def grid_of(self, size: Size) -> tuple[int, int]:
         """Return (rows, columns) of tokens at some size."""
         return size[0] // self.patch_size, size[1] // self.patch_size
 
-    def image_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+    def image_shape(self, size: Size) -> tuple[int, int, int]:
         """Return (height, width, channels) of a picture of some size."""
         return size[0] * self.pixels_per_latent, size[1] * self.pixels_per_latent, self.image_channels
 
-    def is_tiled(self, size: tuple[int, int]) -> bool:
+    def is_tiled(self, size: Size) -> bool:
         """Tell whether latents of some size are decoded in tiles."""
         return self.tile_size is not None and max(size) > self.tile_size
 
-    def tile_of(self, size: tuple[int, int]) -> tuple[int, int]:
+    def tile_of(self, size: Size) -> Size:
         """Return (H, W) of what the decoder takes at once of latents of some size."""
         if self.tile_size is None:
             return size
         return min(size[0], self.tile_size), min(size[1], self.tile_size)
 
     @property
-    def demanding_sizes(self) -> set[tuple[int, int]]:
+    def demanding_sizes(self) -> set[Size]:
         """The sizes one of which takes the most memory: the largest, and the largest that is decoded at once."""
         tile = self.tile_of(self.max_size)
         is_drawn = all(least <= side for least, side in zip(self.min_size, tile, strict=True))
         return {self.max_size, tile} if is_drawn else {self.max_size}
 
-    def symbols(self, batch_size: int, num_evaluations: int, size: tuple[int, int] | None = None) -> dict[str, int]:
+    def symbols(self, batch_size: int, num_evaluations: int, size: Size | None = None) -> dict[str, int]:
         """Return the number behind every symbol of a shape; K, which differs from step to step, is 0."""
         size = self.size if size is None else size
         rows = batch_size * self.rows_per_image
@@ -142,7 +144,7 @@ class Pipeline:
             "width": width,
         }
 
-    def selected_tokens(self, step: Step, size: tuple[int, int]) -> int:
+    def selected_tokens(self, step: Step, size: Size) -> int:
         """Return K of a step at some size: the share of tokens that the schedule recomputes at its own."""
         if step.tokens is None:
             return 0

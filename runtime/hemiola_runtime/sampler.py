@@ -23,6 +23,7 @@ from hemiola_runtime.graph_set import TOKENIZER_FILE
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.memory import MemoryPlan, plan_memory
 from hemiola_runtime.patches import from_patches
+from hemiola_runtime.pipeline import Size
 from hemiola_runtime.program import Program, check_alignment, lower
 from hemiola_runtime.report import TextReport, report_of
 from hemiola_runtime.request import Asked, Request, request_from_arguments
@@ -31,8 +32,6 @@ from hemiola_runtime.schedule import Schedule, read_schedule
 from hemiola_runtime.slot import BoundProgram, Slot
 from hemiola_runtime.solver_table import SolverTable
 from hemiola_runtime.text import check_tokenizer
-
-Size = tuple[int, int]  # (H, W) of latents
 
 
 class Sampler:

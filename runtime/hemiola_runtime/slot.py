@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hemiola_runtime.backends import Engine, Replay, Workspace
+from hemiola_runtime.pipeline import Size
 from hemiola_runtime.program import Launch, Placed, Program
 from hemiola_runtime.storage import from_bytes, pack
 
 MAX_PROGRAMS: Final = 64  # a captured trajectory takes some MB of device memory
 
-ProgramKey = tuple[str, int, tuple[int, int]]  # name of the schedule, B, (H, W) of the latents
+ProgramKey = tuple[str, int, Size]  # name of the schedule, or of an engine that runs alone; B; (H, W) of the latents
 
 
 @dataclass(frozen=True, slots=True)

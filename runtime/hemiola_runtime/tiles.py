@@ -12,8 +12,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from hemiola_runtime.pipeline import Size
+
 Floats = NDArray[np.float32]
-Size = tuple[int, int]
 
 
 def tile_starts(side: int, tile: int) -> list[int]:

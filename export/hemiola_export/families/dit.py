@@ -9,7 +9,7 @@ times, so equal ones are kept, and run, once.
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from hemiola_export.families.layers import (
+    ORDER,
     Modulator,
     TransformerBlock,
     check_config,
@@ -25,12 +26,8 @@ from hemiola_export.families.layers import (
     lower_modulators,
     patch_weights,
 )
-from hemiola_export.families.seams import GAIN, GATE, SHIFT, Family, Read, Side, modulated, vector_name
+from hemiola_export.families.seams import GAIN, SHIFT, Family, Read, Side, modulated, vector_name
 from hemiola_runtime.graphs import TensorSpec
-
-ORDER: Final = tuple(  # of the six vectors in the output of adaLN-Zero's linear layer
-    (branch, kind) for branch in ("attention", "mlp") for kind in (SHIFT, GAIN, GATE)
-)
 
 
 class DiT(Family):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hemiola_export.errors import ExportError
-from hemiola_export.families.seams import ATTENTION, Block, Read, modulated
+from hemiola_export.families.seams import ATTENTION, GAIN, GATE, SHIFT, Block, Read, modulated
+
+ORDER: Final = tuple(  # of the six vectors that adaLN's linear layer makes for a block
+    (branch, kind) for branch in (ATTENTION, "mlp") for kind in (SHIFT, GAIN, GATE)
+)
 
 
 class TransformerBlock(Block):

@@ -19,6 +19,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from hemiola_export.families.layers import (
+    ORDER,
     Modulator,
     TransformerBlock,
     check_config,
@@ -30,8 +31,8 @@ from hemiola_export.families.layers import (
 )
 from hemiola_export.families.seams import (
     ATTENTION,
+    CROSS,
     GAIN,
-    GATE,
     SHIFT,
     Context,
     Family,
@@ -42,8 +43,6 @@ from hemiola_export.families.seams import (
 )
 from hemiola_runtime.graphs import TensorSpec
 
-CROSS: Final = "cross"
-ORDER: Final = tuple((branch, kind) for branch in (ATTENTION, "mlp") for kind in (SHIFT, GAIN, GATE))
 MASKED: Final = -10000.0  # added to the scores of padding, as in diffusers
 
 

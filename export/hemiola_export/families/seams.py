@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hemiola_runtime.graphs import DType, TensorSpec
 
 ATTENTION: Final = "attention"
+CROSS: Final = "cross"  # attention to the prompt
 SHIFT: Final = "shift"
 GAIN: Final = "gain"  # 1 + scale: the 1 is added once per request, not at every step
 GATE: Final = "gate"
