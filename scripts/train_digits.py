@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -29,6 +28,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from judge_graph import save_judge
 
 NUM_CLASSES: Final = 10
 NULL_LABEL: Final = NUM_CLASSES  # the label that stands for "no label" under classifier-free guidance
@@ -112,7 +113,7 @@ def train(scheduler: DDIMScheduler, num_iterations: int, batch_size: int, seed: 
     model = new_model()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-2)
-    warmup = min(200, num_iterations // 10)
+    warmup = max(1, min(200, num_iterations // 10))
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda i: min(1, (i + 1) / warmup) * 0.5 * (1 + float(np.cos(np.pi * i / num_iterations))) + 1e-3,
@@ -189,33 +190,6 @@ def train_judge(seed: int, num_epochs: int = 60) -> tuple[Judge, float]:
     return judge, right.float().mean().item()
 
 
-def save_judge(judge: Judge, folder: Path) -> None:
-    """Write the judge as an ONNX graph, with mean and covariance of its features on all real scans."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = as_pictures(real_scans()[0])
-    program = torch.onnx.export(
-        judge,
-        (pictures[:2],),
-        input_names=["images"],
-        output_names=["logits", "features"],
-        dynamic_shapes={"images": {0: torch.export.Dim("B")}},
-        opset_version=20,
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:  # the exporter writes down where it ran
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        value.ClearField("metadata_props")
-    proto.ClearField("metadata_props")
-    proto.graph.ClearField("metadata_props")
-    onnx.save(proto, folder / "judge.onnx")
-    features = judge(pictures)[1].double().numpy()
-    np.savez(folder / "statistics.npz", mean=features.mean(0), covariance=np.cov(features, rowvar=False))
-
-
 def svm_agreement(samples: Tensor, labels: Tensor) -> float:
     """The share of samples that an SVM fitted on all real scans reads as their label: a second opinion."""
     images, targets = real_scans()
@@ -252,7 +226,7 @@ def main() -> None:
     (options.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     judge, judge_accuracy = train_judge(options.seed)
-    save_judge(judge, options.out / "judge")
+    save_judge(judge, as_pictures(real_scans()[0]), options.out / "judge")
 
     model = model.float()  # what is judged is what was stored: fp16 weights
     labels = torch.arange(options.record_samples) % NUM_CLASSES

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
@@ -39,6 +38,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers import __version__ as transformers_version
 
 from hemiola_search.judge import Judge as SavedJudge
+from judge_graph import save_judge
 from shapes import (
     HEADS,
     SAMPLE_SIZE,
@@ -114,34 +114,6 @@ def read_by_judge(folder: Path, pictures: Tensor) -> Tensor:
     """Return the scenes (B,) that the judge of a folder reads off pictures (B, 32, 32, 3)."""
     judge = SavedJudge(folder / "judge")
     return torch.cat([torch.from_numpy(judge.look(part.numpy())[0]) for part in pictures.split(500)])
-
-
-def save_judge(judge: Judge, num_renders: int, seed: int, folder: Path) -> None:
-    """Write the judge as an ONNX graph, the scene of every caption, and the statistics of its features on renders."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures, _ = draw_scenes(num_renders, torch.Generator().manual_seed(seed + 2))
-    program = torch.onnx.export(
-        judge,
-        (pictures[:2],),
-        input_names=["images"],
-        output_names=["logits", "features"],
-        dynamic_shapes={"images": {0: torch.export.Dim("B")}},
-        opset_version=20,
-        verbose=False,
-    )
-    assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:  # the exporter writes down where it ran
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        value.ClearField("metadata_props")
-    proto.ClearField("metadata_props")
-    proto.graph.ClearField("metadata_props")
-    onnx.save(proto, folder / "judge.onnx")
-    features = torch.cat([judge(part)[1] for part in pictures.split(500)]).double().numpy()
-    np.savez(folder / "statistics.npz", mean=features.mean(0), covariance=np.cov(features, rowvar=False))
-    (folder / "prompts.json").write_text(json.dumps(scene_of_captions(), indent=1) + "\n")
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
@@ -392,7 +364,9 @@ def main() -> None:
     earlier: list[dict[str, float]] = []
     if options.start is None:
         judge = train_judge(options.judge_iterations, options.seed)
-        save_judge(judge, options.renders, options.seed, options.out / "judge")
+        renders, _ = draw_scenes(options.renders, torch.Generator().manual_seed(options.seed + 2))
+        save_judge(judge, renders, options.out / "judge")
+        (options.out / "judge" / "prompts.json").write_text(json.dumps(scene_of_captions(), indent=1) + "\n")
     else:
         if options.start.resolve() != options.out.resolve():
             shutil.copytree(options.start, options.out, dirs_exist_ok=True)
