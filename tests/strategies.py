@@ -186,7 +186,7 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
     selector = None if deep_start is None else draw(st.none() | selectors(max_spatial_size=2))
     width = draw(st.sampled_from([1, 3, 16, 64]))
     patch_size = draw(st.integers(1, 2))
-    text_spec = draw(st.none() | st.builds(TextSpec, num_tokens=st.integers(1, 3), width=st.just(width)))
+    text_spec = draw(st.none() | st.builds(TextSpec, num_tokens=st.integers(1, 3)))
     unit = side_unit(patch_size, selector)
     side = st.integers(1, 3).map(lambda count: unit * count)
     ranges = side.map(lambda n: [n] * 3) if text_spec is None else st.lists(side, min_size=3, max_size=3).map(sorted)
@@ -284,7 +284,7 @@ class _Declarations:
         self.every = range(pipeline.num_blocks)
         self.shallow = range(pipeline.num_blocks if pipeline.deep_start is None else pipeline.deep_start)
         self.deep = range(len(self.shallow), pipeline.num_blocks)
-        self.is_one_size = pipeline.min_size == pipeline.max_size
+        self.is_one_size = pipeline.has_one_size
         self.num_tokens: int | str = pipeline.num_tokens if self.is_one_size else "N"
         patch = pipeline.patch_size**2 * pipeline.model.latent_shape[0]
         self.state = _f32("state", (pipeline.state_rows, "B", self.num_tokens, patch))
@@ -296,7 +296,7 @@ class _Declarations:
         entry: tuple[str, int] = (STEP_TABLE, width)
         if text is not None:
             prompts = ("B", self.pipeline.rows_per_image, text.num_tokens)
-            given = (_f32("text_embeddings", (*prompts, text.width)), _f32("text_mask", prompts))
+            given = (_f32("text_embeddings", (*prompts, width)), _f32("text_mask", prompts))
             given += (_f32("token_places", (self.num_tokens, 2)),)
             given += (_f32("picture_size", (2,)),) if reads_size else ()
             entry = ("T", -(-width // TABLE_WIDTH) * TABLE_WIDTH)
@@ -349,7 +349,7 @@ class _Declarations:
         prompt = (1, text.num_tokens)
         return (
             (TensorSpec("token_ids", "int64", prompt), _f32("text_mask", prompt)),
-            (_f32("text_embeddings", (*prompt, text.width)),),
+            (_f32("text_embeddings", (*prompt, self.pipeline.width)),),
         )
 
     def decoder(self) -> tuple[Specs, Specs]:

@@ -42,7 +42,7 @@ PIPELINE: Final = Pipeline(
     deep_start=None,
     selector=None,
     labels={},
-    text=TextSpec(num_tokens=4, width=2),
+    text=TextSpec(num_tokens=4),
     min_size=(4, 4),
     max_size=(12, 20),
     pixels_per_latent=2,

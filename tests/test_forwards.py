@@ -554,7 +554,7 @@ def test_the_graphs_of_the_strategies_are_those_of_the_modules(
         deep_start=config.deep_start,
         selector=config.selector,
         labels={"0": "zero"} if key == "dit" else {},
-        text=None if key == "dit" else TextSpec(TEXT_TOKENS, family.width),
+        text=None if key == "dit" else TextSpec(TEXT_TOKENS),
         min_size=(size[0], size[1]) if is_one_size else (4, 4),
         max_size=(size[0], size[1]),
         pixels_per_latent=2,

@@ -19,7 +19,7 @@ from strategies import Lowerable, Size, examples, lowerables, schedules, sizes_o
 GOLDEN: Final = Path(__file__).parent / "golden"
 SCHEDULE: Final = read_schedule(GOLDEN / "schedule.json")
 ONE_SIZE: Final = read_manifest(GOLDEN).pipeline  # 8 × 8 latents in 16 patches
-SIZES: Final = replace(ONE_SIZE, labels={}, text=TextSpec(5, 32), min_size=(4, 4), max_size=(12, 16), tile_size=10)
+SIZES: Final = replace(ONE_SIZE, labels={}, text=TextSpec(5), min_size=(4, 4), max_size=(12, 16), tile_size=10)
 B: Final = TensorSpec("state", "float32", (1, "B", 16, 16))
 R: Final = TensorSpec("mlp_cache.0", "float32", ("R", 16, 32))
 K: Final = TensorSpec("token_slots", "int64", ("K",))

@@ -381,7 +381,7 @@ TEXT_PIPELINE: Final = replace(
     deep_start=1,
     selector=TEXT_SELECTOR,
     labels={},
-    text=TextSpec(num_tokens=5, width=48),
+    text=TextSpec(num_tokens=5),
     min_size=(4, 4),
     max_size=(12, 16),
     tile_size=8,

@@ -50,7 +50,7 @@ def request(labels: Any = (0, 1, 2), batch: int = 8, **arguments: Any) -> Reques
 PROMPTS: Final = ("a red circle", "a blue square", "")
 TEXT: Final[dict[str, Any]] = {  # pictures of 8 to 24 pixels by 16 to 32, in squares of 2 · 2 patches of 2 · 2 latents
     "labels": {},
-    "text": TextSpec(5, 32),
+    "text": TextSpec(5),
     "min_size": (4, 8),
     "max_size": (12, 16),
 }

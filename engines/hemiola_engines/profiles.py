@@ -36,7 +36,7 @@ def profiles_of(
     if "K" in sides:
         steps = {step for schedule in every for step in schedule.steps if step.tokens}
         counts = [{pipeline.selected_tokens(step, size) for step in steps} for size in sizes]
-        if pipeline.min_size == pipeline.max_size:
+        if pipeline.has_one_size:
             choices["K"] = token_buckets(counts[1])
         else:  # every size has counts of its own
             choices["K"] = [(min(counts[0]), max(counts[1]), max(counts[2]))]

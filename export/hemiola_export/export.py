@@ -95,7 +95,7 @@ def export_pipeline(
     for schedule in schedules.values():
         pipeline.check_schedule(schedule, {forward.value for forward in forwards})
     text_libraries = () if model.text is None else ("transformers", "tokenizers")
-    if format == "torch" and pipeline.min_size != pipeline.max_size:
+    if format == "torch" and not pipeline.has_one_size:
         raise ExportError(
             "graphs of the format torch are for one size of pictures; leave --min-size and --max-size out"
         )
@@ -170,7 +170,7 @@ def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int, 
         deep_start=deep_start,
         selector=selector,
         labels=model.labels,
-        text=None if model.text is None else TextSpec(model.text.tokenizer.num_tokens, family.width),
+        text=None if model.text is None else TextSpec(model.text.tokenizer.num_tokens),
         min_size=min_size,
         max_size=max_size,
         pixels_per_latent=model.pixels_per_latent,
@@ -234,8 +234,7 @@ def _write_graphs(
 def _modules(model: Model, pipeline: Pipeline, forwards: list[Forward], dtype: torch.dtype) -> dict[str, NamedModule]:
     family = model.family if dtype == model.family.compute_dtype else model.family.lowered(dtype)
     is_guided = pipeline.guidance == "classifier_free"
-    is_one_size = pipeline.min_size == pipeline.max_size
-    num_tokens = pipeline.num_tokens if is_one_size else "N"
+    num_tokens = pipeline.num_tokens if pipeline.has_one_size else "N"
     config = ForwardConfig(is_guided, pipeline.state_rows, pipeline.deep_start, pipeline.selector, num_tokens)
     modules: dict[str, NamedModule] = {}
     if model.text is not None:
@@ -246,7 +245,7 @@ def _modules(model: Model, pipeline: Pipeline, forwards: list[Forward], dtype: t
         modules[FRONT] = Front(family, config)
     if model.vae is not None:
         size = pipeline.tile_of(pipeline.size)
-        modules[VAE_DECODER] = VaeDecoder(model.vae, family.patch_size, size if is_one_size else None, dtype)
+        modules[VAE_DECODER] = VaeDecoder(model.vae, family.patch_size, size if pipeline.has_one_size else None, dtype)
     return modules
 
 

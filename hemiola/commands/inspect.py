@@ -84,7 +84,7 @@ def _pipeline(pipeline: Pipeline) -> list[str]:
     if pipeline.text is not None:
         subjects = f"prompts of up to {pipeline.text.num_tokens} tokens"
     images = "×".join(map(str, pipeline.image_shape(pipeline.size)))
-    if pipeline.min_size != pipeline.max_size:
+    if not pipeline.has_one_size:
         least, most = (
             "×".join(map(str, pipeline.image_shape(size)[:2])) for size in (pipeline.min_size, pipeline.max_size)
         )

@@ -18,12 +18,10 @@ class TextSpec:
     """What prompts become.
 
     Attributes:
-        num_tokens: S, tokens of a prompt with its padding; longer prompts are cut.
-        width: D of an embedded token.
+        num_tokens: S, tokens of a prompt with its padding; longer prompts are cut. Each becomes an embedding (D,).
     """
 
     num_tokens: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +84,11 @@ class Pipeline:
     def size(self) -> Size:
         """(H, W) that is drawn by default."""
         return self.model.latent_shape[1:]
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether all pictures have that size."""
+        return self.min_size == self.max_size
 
     @property
     def num_tokens(self) -> int:
