@@ -1,4 +1,4 @@
-"""The command line: `hemiola search | export | build | run | bench | report | verify | inspect | doctor`.
+"""The command line: `hemiola search | export | build | measure | run | bench | report | verify | inspect | doctor`.
 
 Exit codes: 0 done; 1 a fault, told in one message without a traceback unless --verbose; 2 wrong usage.
 """
@@ -20,12 +20,13 @@ from typing import Final, NoReturn
 
 from hemiola_runtime.errors import HemiolaError
 
-COMMANDS: Final = ("search", "export", "build", "run", "bench", "report", "verify", "inspect", "doctor")
+COMMANDS: Final = ("search", "export", "build", "measure", "run", "bench", "report", "verify", "inspect", "doctor")
 EXTRA_OF: Final = {  # what to install when an import fails
     "onnxruntime": "cpu",
     "PIL": "cpu",
     "tqdm": "cpu",
     "tokenizers": "text",
+    "ray": "ray",
 }
 
 logger = logging.getLogger("hemiola")

@@ -18,9 +18,14 @@ class Bar:
             total=total, desc=title, unit=unit or "", bar_format=form, disable=None, leave=True, dynamic_ncols=True
         )
 
-    def advance(self) -> None:
-        """Count one."""
-        self._bar.update()
+    def advance(self, count: int = 1) -> None:
+        """Count one, or several."""
+        self._bar.update(count)
+
+    def expect(self, count: int) -> None:
+        """Say how many are left, from which follows how long they take."""
+        self._bar.total = self._bar.n + count
+        self._bar.refresh()
 
     def stage(self, text: str) -> None:
         """Say what is being done."""

@@ -36,9 +36,9 @@ from hemiola_runtime.graph_set import UNCACHED
 from hemiola_runtime.graphs import WEIGHTS_FILE
 from hemiola_runtime.sampler import Sampler
 from hemiola_runtime.schedule import Forward, FoundBy, Schedule, TokenSelector, tokens
-from hemiola_search.problem import first_deep_block
 from hemiola_search.rhythms import steps_from_segments, with_selective_steps
 
+DEEP_RATIO: Final = 0.25
 TOKEN_RATIOS: Final = {"procache": 0.15, "quarter": 0.25}
 COMMON_TARGETS: Final[dict[str, tuple[str, float]]] = {
     "overhead": ("<=", 0.03),
@@ -140,7 +140,7 @@ def main() -> None:
     scheduler = schedules["procache"].scheduler.label
     record = {
         "what": f"{workload.model}, {scheduler}, guidance, batch {workload.batch_size}",
-        "tokens": {name: max(step.tokens or 0 for step in schedule.steps) for name, schedule in schedules.items()},
+        "tokens": {name: max(step.max_tokens for step in schedule.steps) for name, schedule in schedules.items()},
         "rhythm": measured["procache"].rhythm,
         "machine": asdict(Machine.here()),
         "backend": asdict(backend),
@@ -156,16 +156,17 @@ def main() -> None:
 
 def _build(workload: Workload, graphs: Path, bundle: Path) -> dict[str, Schedule]:
     model = load_model(workload.model)
-    steps = steps_from_segments(workload.segments)
+    steps, num_blocks = steps_from_segments(workload.segments), len(model.family.blocks)
     identity = scheduler_identity(make_scheduler(model, workload.scheduler, {}), len(steps))
     schedules = {
         name: Schedule(
-            schema=1,
+            schema=2,
             model=model.identity,
             scheduler=identity,
             guidance="classifier_free",
-            deep_start=first_deep_block(len(model.family.blocks), 0.25),
+            deep_start=num_blocks - round(DEEP_RATIO * num_blocks),
             selector=TokenSelector("value_norm", staleness_weight=0.0625, spatial_bonus=0.6, spatial_size=2, seed=0),
+            mask=None,
             steps=with_selective_steps(steps, tokens(round(ratio * model.family.num_tokens))),
             found_by=FoundBy("procache", {"name": "released"}, 0, MadeBy.here()),
             measured={},

@@ -134,24 +134,28 @@ def _load_model(options: argparse.Namespace) -> Any:
 def _schedules(options: argparse.Namespace, model: Any) -> dict[str, Schedule]:
     """Return the published rhythm with `tokens` and `deep` steps, and a schedule for every kind of forward alone."""
     from hemiola_export.model import make_scheduler
+    from hemiola_search.budget import Budget
     from hemiola_search.problem import SearchOptions
-    from hemiola_search.search import problem_for, unmeasured_schedule
+    from hemiola_search.problems import problem_for
+    from hemiola_search.published import unmeasured_schedule
 
     scheduler = make_scheduler(model, "ddim", {})
     settings = SearchOptions(
-        budget=options.budget,
         v_min=1,
         v_max=None,
         selective="tokens",
         token_ratio=TOKEN_RATIO,
         deep_ratio=DEEP_RATIO,
         selector=SELECTOR,
+        max_order=0,
         guidance_scale=4.0,
         num_images=1,
         num_held_out=2,
+        effort="quick",
         seed=0,
     )
-    published = unmeasured_schedule(model, problem_for(model, scheduler, options.steps, settings, "classifier_free"))
+    budget = Budget(options.budget, "full")
+    published = unmeasured_schedule(model, problem_for(model, scheduler, options.steps, settings, budget))
     (selective,) = {step for step in published.steps if step.forward is Forward.TOKENS}
     others = len(published.steps) - 1
     found = {

@@ -124,7 +124,7 @@ def _measure_forwards(
         watch.mark()
         for moment in trajectories[name].walk(requests):
             watch.mark()
-            forwards.append(moment.step.forward.value)
+            forwards.append(moment.step.kind)
         laps = watch.laps_ms()
         return Laps(sum(laps), list(zip(forwards, laps, strict=True))[1:])
 

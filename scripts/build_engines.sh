@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The main job: search a schedule, export the graphs, build the engines, compare and report.
+# The main job: measure what every forward costs here, search a schedule, export the graphs, build the engines, compare
+# and report.
 #
-#   bash scripts/build_engines.sh [--model FOLDER_OR_HUB_ID] [--out FOLDER] [--steps T] [--budget B]
+#   bash scripts/build_engines.sh [--model FOLDER_OR_HUB_ID] [--out FOLDER] [--steps T] [--budget B] [--effort E]
 #                                 [--guidance-scale G] [--scheduler NAME] [--max-batch-size N]
 #                                 [--backend NAME] [--precision P] [--layout separate|segmented] [--random-weights]
 #
@@ -10,15 +11,15 @@
 # is fp32 on the CPU, fp16 for onnxruntime_cuda and bf16 elsewhere. With --random-weights, --model is the name of a known
 # architecture (dit-xl-2, pixart-xl-2-512); its schedules are ProCache's published ones, since on noise nothing can be
 # judged.
-# The report needs a machine on which the engines run.
+# Costs and report need a machine on which the engines run; elsewhere the search goes by FLOPs.
 set -euo pipefail
 
-model=examples/digits steps= budget= guidance= scheduler= max_batch_size=8 out=
+model=examples/digits steps= budget= effort=quick guidance= scheduler= max_batch_size=8 out=
 backend=onnxruntime precision= layout=separate random_weights=
 while [ $# -gt 0 ]; do
   case $1 in
     --random-weights) random_weights=--random-weights; shift; continue ;;
-    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
   esac
   [ $# -ge 2 ] || { echo "$1 takes a value (--help lists them)" >&2; exit 2; }
   case $1 in
@@ -26,6 +27,7 @@ while [ $# -gt 0 ]; do
     --out) out=${2:?} ;;
     --steps) steps=${2:?} ;;
     --budget) budget=${2:?} ;;
+    --effort) effort=${2:?} ;;
     --guidance-scale) guidance=${2:?} ;;
     --scheduler) scheduler=${2:?} ;;
     --max-batch-size) max_batch_size=${2:?} ;;
@@ -65,7 +67,16 @@ if [ -n "$random_weights" ]; then
     schedules+=(--schedule "$selective=$out/$selective.json")
   done
 else
-  search --out "$out/schedule.json"
+  search --probes "$out/probes"
+  hemiola export "$model" --schedule "$out/probes/deep.json" --no-reference --format "$format" \
+    --precision "$precision" --out "$out/probes/graphs"
+  hemiola build "$out/probes/graphs" --backend "$backend" --max-batch-size "$max_batch_size" --out "$out/probes/bundle"
+  costs=()
+  if hemiola doctor "$out/probes/bundle"; then
+    hemiola measure "$out/probes/bundle"
+    costs=(--costs "$out/probes/bundle")
+  fi
+  search "${costs[@]}" --effort "$effort" --out "$out/schedule.json"
   schedules+=(--schedule "$out/schedule.json")
   for file in "$out"/baselines/*.json; do schedules+=(--schedule "$file"); done
 fi

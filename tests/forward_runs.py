@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from hemiola_export.conditioning import ForwardConfig
 from hemiola_export.families import Family
-from hemiola_export.forwards import cache_name
+from hemiola_export.forwards import Full
 from hemiola_export.named_module import NamedModule, Tensors
 from hemiola_export.patches import from_patches
+from hemiola_export.step_forward import cache_name
+from hemiola_runtime.graphs import slots_name
 
 RELATIVE: Final = 1e-5  # of float32, where the same sums are made in another order
 DTYPES: Final = {
@@ -53,10 +56,29 @@ def after(tensors: Tensors, written: Tensors) -> Tensors:
     return tensors | {name: tensor for name, tensor in new.items() if name != "state"}
 
 
-def with_slots(tensors: Tensors, count: int) -> Tensors:
-    """Add what says how many tokens are chosen, and where the squares of 2 × 2 of the 4 × 4 tokens lie."""
+def with_slots(tensors: Tensors, count: int, of_blocks: Mapping[str, int] | None = None) -> Tensors:
+    """Add what says how many tokens are chosen, and where the squares of 2 × 2 of the 4 × 4 tokens lie.
+
+    `of_blocks`: counts of single blocks by their symbols, as `K.mlp.3`.
+    """
     squares = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    return tensors | {"token_slots": torch.arange(count), "token_squares": torch.tensor(squares)}
+    counts = {"K": count, **(of_blocks or {})}
+    slots = {slots_name(symbol): torch.arange(n) for symbol, n in counts.items()}
+    return tensors | slots | {"token_squares": torch.tensor(squares)}
+
+
+def drawn_step(family: Family, config: ForwardConfig, *, seed: int, batch_size: int = 2) -> Tensors:
+    """Draw all that a first step reads. The solver is set to give the model output itself as the next sample."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"B": batch_size, "R": batch_size * config.rows_per_image}
+    tensors = {
+        spec.name: torch.randn(spec.resolve(sizes), generator=generator).to(DTYPES[spec.dtype])
+        for spec in Full(family, config).inputs
+    }
+    tensors |= {name: 1 + tensor / 4 for name, tensor in tensors.items() if "_gain" in name}
+    coefficients = torch.zeros_like(tensors["coefficients"])
+    coefficients[0, -1] = 1
+    return tensors | {"coefficients": coefficients, "input_scale": torch.tensor(1.0)}
 
 
 def read_of_block(block: int, tensors: Tensors) -> Tensors:
@@ -74,14 +96,16 @@ def guided(family: Family, config: ForwardConfig, output: Tensor, guidance: Tens
     return uncond + guidance.reshape(-1, *[1] * (output.ndim - 1)) * (cond - uncond)
 
 
-def tokens_by_hand(family: Family, config: ForwardConfig, tensors: Tensors, chosen: Tensor | None) -> Tensors:
+def tokens_by_hand(
+    family: Family, config: ForwardConfig, tensors: Tensors, chosen: Tensor | Mapping[str, Tensor] | None
+) -> Tensors:
     """Compute `tokens` as its definition reads: every deep branch on every token, then rows that were not chosen old.
 
     Args:
         family: the model.
         config: of the forwards.
         tensors: with stale caches.
-        chosen: (S, B, N) bool, which tokens of which deep block are computed; None for all.
+        chosen: (S, B, N) bool, which tokens of which deep block are computed, or that of each branch; None for all.
     """
     assert config.deep_start is not None
     x = family.embed(tensors["state"][0] * tensors["input_scale"], tensors)
@@ -100,7 +124,8 @@ def tokens_by_hand(family: Family, config: ForwardConfig, tensors: Tensors, chos
                 if chosen is None:
                     out = fresh
                 else:
-                    mask = torch.cat([chosen[i - config.deep_start]] * config.rows_per_image)[..., None]  # (R, N, 1)
+                    here = (chosen[branch] if isinstance(chosen, Mapping) else chosen)[i - config.deep_start]
+                    mask = torch.cat([here] * config.rows_per_image)[..., None]  # (R, N, 1)
                     out = torch.where(mask, fresh, out)
                 written[f"next_{cache_name(branch, i)}"] = out
             x = x + (read[f"{branch}_gate"] * out if f"{branch}_gate" in read else out)

@@ -5,7 +5,7 @@ Everything is drawn small: what is tested are relations between the parts, and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
@@ -26,13 +26,13 @@ from hemiola_runtime.graphs import (
     Precision,
     TensorSpec,
     WeightSpec,
+    slots_name,
 )
 from hemiola_runtime.manifest import PROFILE_SYMBOLS, BackendSpec, EngineSpec, FileSpec, Manifest, Profile
 from hemiola_runtime.pipeline import Pipeline, TextSpec
 from hemiola_runtime.schedule import (
-    DEEP,
     FULL,
-    REUSE,
+    KINDS,
     Forward,
     FoundBy,
     ModelIdentity,
@@ -40,7 +40,6 @@ from hemiola_runtime.schedule import (
     SchedulerIdentity,
     Step,
     TokenSelector,
-    tokens,
 )
 from hemiola_runtime.solver_table import SolverTable
 
@@ -52,6 +51,7 @@ Size: TypeAlias = tuple[int, int]  # (H, W) of latents
 VECTORS: Final = ("shift", "gain", "gate")  # of a branch of a block, in the order of the graphs' inputs
 BRANCHES: Final = ("attention", "mlp")  # those with a gate, and all there are where images are drawn of labels
 TEXT_BRANCHES: Final = ("attention", "cross", "mlp")
+MAX_ORDER: Final = 2  # of the forecasts that are drawn: one history, and one behind another
 TABLE_WIDTH: Final = 64  # where images are drawn of prompts, entries of tables are padded to multiples of it
 
 
@@ -127,24 +127,66 @@ def selectors(*, max_spatial_size: int = 4) -> st.SearchStrategy[TokenSelector]:
     )
 
 
-def steps(max_tokens: int) -> st.SearchStrategy[Step]:
-    return st.sampled_from([FULL, DEEP, REUSE]) | st.integers(1, max_tokens).map(tokens)
+def masks(num_branches: int, num_blocks: int) -> st.SearchStrategy[tuple[str, ...]]:
+    """Draw what `masked` computes: one branch of one block at least."""
+    of_branch = st.text("x.", min_size=num_blocks, max_size=num_blocks)
+    drawn = st.lists(of_branch, min_size=num_branches, max_size=num_branches)
+    return drawn.filter(lambda mask: "x" in "".join(mask)).map(tuple)
+
+
+def block_counts(num_tokens: int, num_branches: int, num_blocks: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
+    """Draw a token count for each branch of each deep block."""
+    of_branch = st.lists(st.integers(1, num_tokens), min_size=num_blocks, max_size=num_blocks).map(tuple)
+    return st.lists(of_branch, min_size=num_branches, max_size=num_branches).map(tuple)
+
+
+def forecasts(max_order: int) -> st.SearchStrategy[tuple[float, ...]]:
+    """Draw the weights of a forecast that looks back on so many full steps before the last; or none."""
+    weight = st.floats(-4, 4)
+    weights = st.lists(weight, min_size=1, max_size=max_order)
+    return st.just(()) | st.tuples(st.floats(0.5, 4), weights).map(lambda drawn: (drawn[0], *drawn[1]))
 
 
 @st.composite
-def schedules(draw: st.DrawFn, *, num_blocks: int = 4, num_tokens: int = 16, max_steps: int = 12) -> Schedule:
-    """Draw any valid schedule for a model of so many blocks and tokens."""
-    following = draw(st.lists(steps(num_tokens), max_size=max_steps - 1))
-    kinds = {step.forward for step in following}
+def steps(
+    draw: st.DrawFn, forwards: Sequence[Forward], counts: st.SearchStrategy[Any], max_steps: int
+) -> tuple[Step, ...]:
+    """Draw the steps of a schedule, the first of which is `full`, with token counts and forecasts."""
+    drawn = [FULL]
+    for _ in range(max_steps - draw(st.integers(1, max_steps))):
+        forward = draw(st.sampled_from([Forward.FULL, *forwards]))  # twice: forecasts look back on several
+        order = 0 if forward is Forward.FULL else min(MAX_ORDER, drawn.count(FULL) - 1)
+        forecast = draw(forecasts(order)) if order else ()
+        drawn.append(Step(forward, draw(counts) if forward is Forward.TOKENS else None, forecast))
+    return tuple(drawn)
+
+
+@st.composite
+def schedules(
+    draw: st.DrawFn,
+    *,
+    num_blocks: int = 4,
+    num_tokens: int = 16,
+    max_steps: int = 12,
+    deep_start: int | None = None,
+) -> Schedule:
+    """Draw any valid schedule for a model of so many blocks and tokens, two branches a block; deep from some block."""
+    first = draw(st.integers(0, num_blocks)) if deep_start is None else deep_start
+    counts: st.SearchStrategy[Any] = st.integers(1, num_tokens)
+    if first < num_blocks:
+        counts |= block_counts(num_tokens, 1, num_blocks - first)
+    drawn = draw(steps(list(Forward), counts, max_steps))
+    kinds = {step.forward for step in drawn}
     is_deep = bool(kinds & {Forward.DEEP, Forward.TOKENS})
     return Schedule(
-        schema=1,
+        schema=2,
         model=draw(model_identities()),
-        scheduler=draw(scheduler_identities(1 + len(following))),
+        scheduler=draw(scheduler_identities(len(drawn))),
         guidance=draw(st.sampled_from(["classifier_free", "none"])),
-        deep_start=draw(st.integers(0, num_blocks)) if is_deep else None,
+        deep_start=first if is_deep else None,
         selector=draw(selectors()) if Forward.TOKENS in kinds else None,
-        steps=(FULL, *following),
+        mask=draw(masks(2, num_blocks)) if Forward.MASKED in kinds else None,
+        steps=drawn,
         found_by=FoundBy(
             strategy=draw(text()),
             arguments=draw(st.dictionaries(text(), json_values(), max_size=2)),
@@ -179,11 +221,12 @@ def solver_tables(
 def pipelines(draw: st.DrawFn) -> Pipeline:
     """Draw a small pipeline, of labels and one size or of prompts and several.
 
-    `deep_start` and `selector` are given or not as schedules without them would have it.
+    `deep_start`, `selector` and `mask` are given or not as schedules without them would have it.
     """
     num_blocks = draw(st.integers(1, 3))
-    deep_start = draw(st.none() | st.integers(0, num_blocks))
-    selector = None if deep_start is None else draw(st.none() | selectors(max_spatial_size=2))
+    richest = draw(st.sampled_from(["tokens of each block", "tokens", "deep", "reuse"]))
+    deep_start = None if richest == "reuse" else draw(st.integers(0, num_blocks))
+    selector = draw(selectors(max_spatial_size=2)) if richest.startswith("tokens") else None
     width = draw(st.sampled_from([1, 3, 16, 64]))
     patch_size = draw(st.integers(1, 2))
     text_spec = draw(st.none() | st.builds(TextSpec, num_tokens=st.integers(1, 3)))
@@ -194,6 +237,7 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
     model = draw(model_identities())
     tiles = st.integers(1, max(most_h, most_w) // patch_size).map(lambda count: patch_size * count)
     names = [] if text_spec is not None else draw(st.lists(text(), min_size=1, max_size=3))
+    branches = BRANCHES if text_spec is None else TEXT_BRANCHES
     return Pipeline(
         model=replace(
             model,
@@ -204,10 +248,12 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
         num_blocks=num_blocks,
         width=width,
         patch_size=patch_size,
-        branches=BRANCHES if text_spec is None else TEXT_BRANCHES,
+        branches=branches,
         state_rows=draw(st.integers(1, 3)),
         deep_start=deep_start,
         selector=selector,
+        mask=draw(st.none() | masks(len(branches), num_blocks)),
+        has_block_counts=richest == "tokens of each block",
         labels={str(i): name for i, name in enumerate(names)},
         text=text_spec,
         min_size=(least_h, least_w),
@@ -242,16 +288,23 @@ def graph_specs(
     precision: Precision = "fp32",
     num_heads: int = 1,
     reads_size: bool = False,
+    max_order: int = 0,
+    forwards: Sequence[Forward] | None = None,
 ) -> dict[str, GraphSpec]:
-    """Describe the graphs that export would write for a pipeline: `conditioning`, its forwards, perhaps a decoder.
+    """Describe the graphs that export would write for a pipeline: `conditioning`, its steps, perhaps a decoder.
 
-    Of a pipeline that draws prompts also the text encoder; `reads_size` is whether it is conditioned on the size of
+    Steps are of some forwards, None for `forwards_of` the pipeline, with forecasts of order `max_order` at most. Of a
+    pipeline that draws prompts also the text encoder; `reads_size` is whether it is conditioned on the size of
     pictures. Written by hand from DESIGN §2, so that lowering can be tested without PyTorch; `test_forwards.py`
     compares it with what the modules themselves declare.
     """
-    graphs = _Declarations(pipeline, PRECISIONS[precision], num_heads)
+    exported = forwards_of(pipeline) if forwards is None else list(forwards)
+    graphs = _Declarations(pipeline, PRECISIONS[precision], num_heads, exported)
     declared: dict[str, tuple[Specs, Specs]] = {CONDITIONING: graphs.conditioning(reads_size=reads_size)}
-    declared |= {forward.value: graphs.step(forward) for forward in forwards_of(pipeline)}
+    for forward in exported:
+        declared[forward.value] = graphs.step(forward, 0)
+        for order in range(1, 1 if forward is Forward.FULL else max_order + 1):
+            declared[f"{forward.value}_{order}"] = graphs.step(forward, order)
     if Forward.DEEP.value in declared:
         declared[FRONT] = graphs.front()
     if pipeline.text is not None:
@@ -265,20 +318,24 @@ def graph_specs(
 
 
 def forwards_of(pipeline: Pipeline) -> list[Forward]:
-    """Return the forwards that can be exported with the pipeline's `deep_start` and selector."""
+    """Return the forwards that can be exported with the pipeline's `deep_start`, selector and mask; not `residual`."""
     return [
         forward
         for forward in Forward
         if (forward is not Forward.DEEP or pipeline.deep_start is not None)
         and (forward is not Forward.TOKENS or pipeline.selector is not None)
+        and (forward is not Forward.MASKED or pipeline.mask is not None)
+        and forward is not Forward.RESIDUAL
     ]
 
 
 class _Declarations:
     """What the graphs of a pipeline read and write, in the order in which they do."""
 
-    def __init__(self, pipeline: Pipeline, dtype: DType, num_heads: int) -> None:
+    def __init__(self, pipeline: Pipeline, dtype: DType, num_heads: int, forwards: Sequence[Forward]) -> None:
         self.pipeline = pipeline
+        self.keeps_layers = bool(set(forwards) - {Forward.FULL, Forward.RESIDUAL})
+        self.keeps_residual = Forward.RESIDUAL in forwards
         self.dtype = dtype
         self.num_heads = num_heads
         self.every = range(pipeline.num_blocks)
@@ -311,36 +368,51 @@ class _Declarations:
         inputs = (self.state, _f32("input_scale", ()), *vectors, *self._positions(), *self._contexts(computed))
         return inputs, _nexts(self._caches("shallow"))
 
-    def step(self, forward: Forward) -> tuple[Specs, Specs]:
+    def step(self, forward: Forward, order: int) -> tuple[Specs, Specs]:
         pipeline = self.pipeline
         rows = pipeline.state_rows
         common = [self.state, _f32("coefficients", (rows, rows + 1)), _f32("input_scale", ())]
         if pipeline.guidance == "classifier_free":
             common.append(_f32("guidance", ("B",)))
-        shape = (len(self.deep), "B", self.num_tokens)
-        selection = [] if pipeline.selector is None else [_f32("scores", shape), _f32("staleness", shape)]
+        if order:
+            common.append(_f32("forecast", (order + 1,)))
+        selection = self._selection()
         shallow, deep = self._caches("shallow"), self._caches("deep")
+        read_shallow, read_deep = _with_older(shallow, order), _with_older(deep, order)
+        tokens = ("R", self.num_tokens, pipeline.width)
+        residual = [_f32("residual_cache.all", tokens)] if self.keeps_residual else []
+        older_residual = _with_older(residual, order)[len(residual) :]  # to correct what is computed
         everything = {(block, branch) for block in self.every for branch in pipeline.branches}
         computed: dict[Forward, set[tuple[int, str]]] = {
             Forward.FULL: everything,
             Forward.DEEP: {(block, branch) for block, branch in everything if block in self.deep},
+            Forward.MASKED: {(block, branch) for block, branch in everything if self._is_in_mask(block, branch)},
             Forward.TOKENS: {(b, branch) for b, branch in everything if b in self.deep and branch != "attention"},
             Forward.REUSE: set(),
+            Forward.RESIDUAL: set(),
         }
+        masked = {f"{branch}_cache.{block}" for block, branch in computed[Forward.MASKED]}
         reads: dict[Forward, list[TensorSpec]] = {
             Forward.FULL: [],
-            Forward.DEEP: shallow,
-            Forward.TOKENS: [TensorSpec("token_slots", "int64", ("K",)), *self._squares(), *shallow, *deep, *selection],
-            Forward.REUSE: [*shallow, *deep],
+            Forward.DEEP: [*read_shallow, *_with_older([*deep, *residual], order)[len(deep) + len(residual) :]],
+            Forward.MASKED: [s for s in (*read_shallow, *read_deep, *older_residual) if s.name not in masked],
+            Forward.TOKENS: [
+                *(*self._slots(), *self._squares(), *read_shallow, *read_deep, *older_residual, *selection)
+            ],
+            Forward.REUSE: [*read_shallow, *read_deep],
+            Forward.RESIDUAL: [*residual, *older_residual],
         }
         recomputed = [spec for spec in deep if not spec.name.startswith("attention_cache.")]
         writes: dict[Forward, list[TensorSpec]] = {
-            Forward.FULL: [*shallow, *deep, *selection],
-            Forward.DEEP: [*deep, *selection],
-            Forward.TOKENS: [*recomputed, *selection[1:]],
+            Forward.FULL: [*([*shallow, *deep] if self.keeps_layers else []), *residual, *selection],
+            Forward.DEEP: [*deep, *residual, *selection],
+            Forward.MASKED: [*(spec for spec in (*shallow, *deep) if spec.name in masked), *residual],
+            Forward.TOKENS: [*recomputed, *residual, *selection[1:]],
             Forward.REUSE: [],
+            Forward.RESIDUAL: [],
         }
-        vectors = self._vectors(self.every, computed[forward], has_head=True)
+        summed = range(0) if forward is Forward.RESIDUAL else self.every
+        vectors = self._vectors(summed, computed[forward], has_head=True)
         conditions = (*vectors, *self._positions(), *self._contexts(computed[forward]))
         return (*common, *conditions, *reads[forward]), _nexts([self.state, *writes[forward]])
 
@@ -389,12 +461,33 @@ class _Declarations:
     def _caches(self, part: Literal["shallow", "deep"]) -> list[TensorSpec]:
         """One for each branch of a block; but one sum for those without a gate, where none of its rows is replaced."""
         blocks = self.shallow if part == "shallow" else self.deep
-        is_summed = part == "shallow" or self.pipeline.selector is None
+        is_summed = self.pipeline.mask is None and (part == "shallow" or self.pipeline.selector is None)
         branches = [branch for branch in self.pipeline.branches if branch in BRANCHES or not is_summed]
         shape = ("R", self.num_tokens, self.pipeline.width)
         specs = [TensorSpec(f"{branch}_cache.{block}", self.dtype, shape) for block in blocks for branch in branches]
         sums = [branch for branch in self.pipeline.branches if branch not in branches and blocks]
         return [*specs, *(_f32(f"{branch}_cache.{part}", shape) for branch in sums)]
+
+    def _is_in_mask(self, block: int, branch: str) -> bool:
+        mask = self.pipeline.mask
+        return mask is not None and mask[self.pipeline.branches.index(branch)][block] == "x"
+
+    def _selection(self) -> list[TensorSpec]:
+        """Scores of the deep blocks, and staleness: of each branch where each has counts of its own."""
+        if self.pipeline.selector is None:
+            return []
+        num_choosing = len(self.pipeline.branches) - 1 if self.pipeline.has_block_counts else 1
+        sides = ("B", self.num_tokens)
+        return [
+            _f32("scores", (len(self.deep), *sides)),
+            _f32("staleness", (num_choosing * len(self.deep), *sides)),
+        ]
+
+    def _slots(self) -> Specs:
+        symbols = ["K"]
+        if self.pipeline.has_block_counts:
+            symbols += [f"K.{branch}.{block}" for branch in self.pipeline.branches[1:] for block in self.deep]
+        return tuple(TensorSpec(slots_name(symbol), "int64", (symbol,)) for symbol in symbols)
 
     def _squares(self) -> Specs:
         has_squares = self.pipeline.selector is not None and self.pipeline.selector.has_squares
@@ -405,14 +498,20 @@ def _nexts(specs: Iterable[TensorSpec]) -> Specs:
     return tuple(replace(spec, name=f"next_{spec.name}") for spec in specs)
 
 
+def _with_older(caches: list[TensorSpec], order: int) -> list[TensorSpec]:
+    """Add what each cache was at so many full steps before the last."""
+    older = [replace(spec, name=f"{spec.name}.{age}") for age in range(1, order + 1) for spec in caches]
+    return [*caches, *older]
+
+
 def _f32(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
     dtype: DType = "float32"
     return TensorSpec(name, dtype, shape)
 
 
 def chains_of(graphs: Mapping[str, GraphSpec], *, is_segmented: bool) -> Chains:
-    """Name the engines that make up each forward; in the segmented layout `full` is `front` followed by `deep`."""
-    chains: Chains = {forward.value: (forward.value,) for forward in Forward if forward.value in graphs}
+    """Name the engines that make up each kind of step; in the segmented layout `full` is `front` and then `deep`."""
+    chains: Chains = {kind: (kind,) for kind in KINDS if kind in graphs}
     return chains | {"full": (FRONT, "deep")} if is_segmented else chains
 
 
@@ -437,7 +536,7 @@ def manifest_of(
     paths = [*(engine.graph.file for engine in engines.values()), *schedule_files.values(), "engines/weights.bin"]
     paths += [] if pipeline.text is None else [TOKENIZER_FILE]
     return Manifest(
-        schema=3,
+        schema=4,
         backend=BackendSpec("onnxruntime", "1.23.0"),
         pipeline=pipeline,
         precision=precision,
@@ -484,26 +583,25 @@ class Lowerable:
 def lowerables(draw: st.DrawFn) -> Lowerable:
     """Draw a bundle in any layout and precision, a schedule for it, a solver table, a batch size and a size."""
     pipeline = draw(pipelines())
-    choices = {
-        Forward.FULL: st.just(FULL),
-        Forward.DEEP: st.just(DEEP),
-        Forward.TOKENS: st.integers(1, pipeline.num_tokens).map(tokens),
-        Forward.REUSE: st.just(REUSE),
-    }
-    step = st.one_of([choices[forward] for forward in forwards_of(pipeline)])
-    following = draw(st.lists(step, max_size=8))
-    kinds = {step.forward for step in following}
-    scheduler = SchedulerIdentity(
-        "DDIMScheduler", {}, 1 + len(following), tuple(float(t) for t in range(len(following), -1, -1))
-    )
+    counts: st.SearchStrategy[Any] = st.integers(1, pipeline.num_tokens)
+    num_deep = pipeline.num_blocks - (pipeline.deep_start or 0)
+    if pipeline.has_block_counts and num_deep:
+        counts |= block_counts(pipeline.num_tokens, len(pipeline.branches) - 1, num_deep)
+    manifest = draw(plain_manifests(pipeline, max_batch_size=3))
+    forwards = [forward for forward in Forward if forward.value in manifest.forwards]
+    drawn = draw(steps(forwards, counts, 9))
+    kinds = {step.forward for step in drawn}
+    timesteps = tuple(map(float, reversed(range(len(drawn)))))
+    scheduler = SchedulerIdentity("DDIMScheduler", {}, len(drawn), timesteps)
     schedule = Schedule(
-        schema=1,
+        schema=2,
         model=pipeline.model,
         scheduler=scheduler,
         guidance=pipeline.guidance,
         deep_start=pipeline.deep_start if kinds & {Forward.DEEP, Forward.TOKENS} else None,
         selector=pipeline.selector if Forward.TOKENS in kinds else None,
-        steps=(FULL, *following),
+        mask=pipeline.mask if Forward.MASKED in kinds else None,
+        steps=drawn,
         found_by=FoundBy("drawn", {}, 0, MadeBy("", {}, None)),
         measured={},
     )
@@ -513,7 +611,6 @@ def lowerables(draw: st.DrawFn) -> Lowerable:
         tuple(tuple(float(1000 * i + 10 * r + c) for c in range(rows + 1)) for r in range(rows)) for i in range(count)
     ]
     table = SolverTable(1, scheduler, 1.0, tuple(0.5 + i for i in range(count)), tuple(weights), 0.0)
-    manifest = draw(plain_manifests(pipeline, max_batch_size=3))
     return Lowerable(manifest, schedule, table, draw(st.integers(1, 3)), draw(sizes_of(pipeline)))
 
 
@@ -522,14 +619,23 @@ def plain_manifests(draw: st.DrawFn, pipeline: Pipeline, max_batch_size: int) ->
     """Draw the layout and precision of a bundle, whether it has a decoder, and whether it is conditioned on sizes."""
     precision = draw(st.sampled_from(list(PRECISIONS)))
     has_decoder = pipeline.tile_size is not None or draw(st.booleans())
-    graphs = graph_specs(pipeline, has_decoder=has_decoder, precision=precision, reads_size=draw(st.booleans()))
+    every = forwards_of(pipeline)
+    forwards = draw(st.sampled_from([every, [*every, Forward.RESIDUAL], [Forward.FULL, Forward.RESIDUAL]]))
+    graphs = graph_specs(
+        pipeline,
+        has_decoder=has_decoder,
+        precision=precision,
+        reads_size=draw(st.booleans()),
+        max_order=MAX_ORDER,
+        forwards=forwards,
+    )
     is_segmented = "deep" in graphs and draw(st.booleans())
     return manifest_of(pipeline, graphs, is_segmented=is_segmented, precision=precision, max_batch_size=max_batch_size)
 
 
 def profiles() -> st.SearchStrategy[Profile]:
     side = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(sorted).map(tuple)
-    return st.builds(Profile, sides=st.dictionaries(st.sampled_from(PROFILE_SYMBOLS), side))
+    return st.builds(Profile, sides=st.dictionaries(st.sampled_from([*PROFILE_SYMBOLS, "K.mlp.3"]), side))
 
 
 @st.composite

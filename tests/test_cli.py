@@ -213,6 +213,17 @@ def test_a_bundle_without_reference_images_is_not_compared(
     assert "differs from PyTorch" not in done(capsys, "inspect", tmp_path / "bundle")
 
 
+def test_inspect_shows_what_a_schedule_forecasts_masks_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    said = done(capsys, "inspect", Path(__file__).parent / "golden" / "forecasts.json")
+    expected = [
+        "  FF1SMF2D\n",
+        "tokens 5 … 16, a count for each block, by value_norm in blocks from 2",
+        "masked computes, of each branch, the blocks .x.x xx..",
+        "forecasts of order 1, 2, from caches of up to 3 full steps",
+    ]
+    assert missing(expected, said) == []
+
+
 def test_inspect_shows_a_bundle_whose_engines_do_not_run_here(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest, data = read_manifest(bundle), b"an engine of another machine"
     elsewhere = replace(

@@ -210,16 +210,22 @@ def test_export_refuses_two_schedules_of_one_name(
     assert "two schedules are called 'procache'; name them, as --schedule procache-2=" in message
 
 
+def _cached_step(schedule: dict[str, Any]) -> dict[str, Any]:
+    step: dict[str, Any] = next(step for step in schedule["steps"] if step["forward"] != "full")
+    return step
+
+
 @pytest.mark.parametrize("command", ["run", "export", "inspect"])
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (lambda data: data["steps"].__setitem__(0, {"forward": "reuse", "tokens": None}), "step 0 is `reuse`"),
+        (lambda data: data["steps"][0].update(forward="reuse"), "step 0 is `reuse`"),
+        (lambda data: _cached_step(data).update(forecast=[1.0] * 5), "forecasts by 5 full steps, but only"),
         (lambda data: data["steps"].pop(), "5 steps for the 6 model evaluations of DDIM-6"),
         (lambda data: data.update(tempo="presto"), "unknown key 'tempo'"),
-        (lambda data: data.update(schema=2), "schedule.json.schema: expected one of 1, found 2"),
+        (lambda data: data.update(schema=3), "schedule.json.schema: expected one of 2, found 3"),
     ],
-    ids=["reuses at step 0", "lacks a step", "unknown key", "later schema"],
+    ids=["reuses at step 0", "forecasts by what is not there", "lacks a step", "unknown key", "later schema"],
 )
 def test_a_schedule_file_that_is_none_is_refused(
     made: MadeByCommands,

@@ -41,6 +41,8 @@ PIPELINE: Final = Pipeline(
     state_rows=1,
     deep_start=None,
     selector=None,
+    mask=None,
+    has_block_counts=False,
     labels={},
     text=TextSpec(num_tokens=4),
     min_size=(4, 4),

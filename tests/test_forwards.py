@@ -25,9 +25,11 @@ from hemiola_export.conditioning import Conditioning, ForwardConfig
 from hemiola_export.errors import ExportError
 from hemiola_export.families import Family, open_transformer
 from hemiola_export.families.dit import DiT
-from hemiola_export.forwards import FORWARDS, Deep, Front, Full, Reuse, StepForward, Tokens
+from hemiola_export.forwards import FORWARDS, Deep, Front, Full, Reuse
 from hemiola_export.named_module import NamedModule, Tensors
+from hemiola_export.step_forward import StepForward
 from hemiola_export.text_encoder import TextEncoder
+from hemiola_export.token_forward import Tokens
 from hemiola_runtime.graphs import (
     CONDITIONING,
     FRONT,
@@ -38,7 +40,7 @@ from hemiola_runtime.graphs import (
     TensorSpec,
 )
 from hemiola_runtime.pipeline import Pipeline, TextSpec
-from hemiola_runtime.schedule import Forward, ModelIdentity, TokenSelector
+from hemiola_runtime.schedule import KINDS, Forward, ModelIdentity, TokenSelector
 from models import NUM_CLASSES, NUM_TOKENS, TEXT_TOKENS, tiny_dit, tiny_pixart, tiny_t5, tiny_vae
 from strategies import graph_specs
 
@@ -444,29 +446,58 @@ CONFIGS: Final = {
     "by attention": replace(GUIDED, selector=replace(SELECTOR, score="attention")),
     "at random": replace(GUIDED, selector=replace(SELECTOR, score="random")),
     "no squares": replace(GUIDED, selector=replace(SELECTOR, spatial_bonus=0.0)),
+    "residual": replace(GUIDED, keeps_residual=True),
+    "residual alone": ForwardConfig(is_guided=True, state_rows=1, keeps_layers=False, keeps_residual=True),
 }
 TEXT_CONFIGS: Final = {
     "by entropy": BY_ENTROPY,
     "any size": replace(BY_ENTROPY, num_tokens="N"),
     "any size, deep": replace(GUIDED, deep_start=3, selector=None, num_tokens="N"),
 }
-CASES: Final = [("dit", name, config) for name, config in CONFIGS.items()] + [
-    ("pixart", name, config) for name, config in (CONFIGS | TEXT_CONFIGS).items()
+
+
+def exported_of(config: ForwardConfig) -> list[Forward]:
+    """Return the forwards that are exported together with a configuration."""
+    has = {
+        Forward.DEEP: config.deep_start is not None,
+        Forward.MASKED: config.mask is not None,
+        Forward.TOKENS: config.selector is not None,
+        Forward.REUSE: config.keeps_layers,
+        Forward.RESIDUAL: config.keeps_residual,
+    }
+    return [forward for forward in Forward if has.get(forward, True)]
+
+
+MASKS: Final = {"dit": (".x.x", "x..x"), "pixart": (".x.x", "xx..", "x..x")}
+CASES: Final = [
+    *(("dit", name, config) for name, config in CONFIGS.items()),
+    *(("pixart", name, config) for name, config in (CONFIGS | TEXT_CONFIGS).items()),
+    *(
+        (family, f"{name}, masked", replace(CONFIGS[name], mask=mask))
+        for family, mask in MASKS.items()
+        for name in ("plain", "deep from 0", "tokens from 3", "residual")
+    ),
+    *(
+        (family, f"{name}, counts of blocks", replace(CONFIGS[name], has_block_counts=True))
+        for family in MASKS
+        for name in ("tokens from 0", "no squares")
+    ),
 ]
 FORWARDS_OF_CASES: Final = [
-    (family, name, config, forward)
+    (family, name, config, forward, order)
     for family, name, config in CASES
-    for forward in (Full, Front, Deep, Tokens, Reuse)
-    if (forward is not Front or config.deep_start)
-    and (forward is not Deep or config.deep_start is not None)
-    and (forward is not Tokens or config.selector is not None)
+    for forward in (*(FORWARDS[forward] for forward in exported_of(config)), *((Front,) if config.deep_start else ()))
+    for order in ((0,) if forward in (Full, Front) else (0, 2))
 ]
+
+
 SIZES: Final = {"B": BATCH, "K": 3, "T": len(TIMESTEPS), "N": NUM_TOKENS}
 
 
 def symbols_of(config: ForwardConfig) -> dict[str, int]:
     rows = BATCH * config.rows_per_image
-    return SIZES | {"R": rows, "TR": len(TIMESTEPS) * rows}
+    of_blocks = {f"K.{branch}.{i}": 2 for branch in ("cross", "mlp") for i in range(NUM_BLOCKS)}
+    return SIZES | of_blocks | {"R": rows, "TR": len(TIMESTEPS) * rows}
 
 
 def drawn_inputs(module: NamedModule, symbols: dict[str, int]) -> Tensors:
@@ -493,19 +524,19 @@ def read_of(given: Tensors, written: Tensors) -> set[str]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("family", "config", "forward"),
-    [(family, config, forward) for family, _, config, forward in FORWARDS_OF_CASES],
-    ids=[f"{family}, {forward.__name__}, {name}" for family, name, _, forward in FORWARDS_OF_CASES],
+    ("family", "config", "forward", "order"),
+    [(family, config, forward, order) for family, _, config, forward, order in FORWARDS_OF_CASES],
+    ids=[f"{family}, {forward.__name__} {order}, {name}" for family, name, _, forward, order in FORWARDS_OF_CASES],
 )
 def test_a_forward_reads_and_writes_exactly_what_it_declares(
-    family: str, config: ForwardConfig, forward: type[StepForward], precision: Precision
+    family: str, config: ForwardConfig, forward: type[StepForward], order: int, precision: Precision
 ) -> None:
-    module = forward(FAMILIES[family, precision], config)
+    module = forward(FAMILIES[family, precision], config, order)
     given = drawn_inputs(module, symbols_of(config))
     written = module(given)
     unread: set[str] = set()
     if forward is Tokens:  # indices and ranks decide where something is written, and nothing else
-        unread = {"token_slots", "token_squares", "scores"}
+        unread = {spec.name for spec in module.inputs if spec.name.startswith("token_")} | {"scores"}
     if forward is Front:  # what the last MLP adds to x is left to `deep`
         unread = {f"mlp_gate.{module.deep_start - 1}"}
     assert read_of(given, written) == {spec.name for spec in module.inputs} - unread
@@ -553,6 +584,8 @@ def test_the_graphs_of_the_strategies_are_those_of_the_modules(
         state_rows=config.state_rows,
         deep_start=config.deep_start,
         selector=config.selector,
+        mask=config.mask,
+        has_block_counts=config.has_block_counts,
         labels={"0": "zero"} if key == "dit" else {},
         text=None if key == "dit" else TextSpec(TEXT_TOKENS),
         min_size=(size[0], size[1]) if is_one_size else (4, 4),
@@ -562,10 +595,18 @@ def test_the_graphs_of_the_strategies_are_those_of_the_modules(
         tile_size=None,
     )
     graphs = graph_specs(
-        pipeline, has_decoder=True, precision=precision, num_heads=family.num_heads, reads_size=key == "pixart"
+        pipeline,
+        has_decoder=True,
+        precision=precision,
+        num_heads=family.num_heads,
+        reads_size=key == "pixart",
+        max_order=2,
+        forwards=exported_of(config),
     )
     modules: dict[str, NamedModule] = {CONDITIONING: Conditioning(family, config)}
-    modules |= {kind.value: FORWARDS[kind](family, config) for kind in Forward if kind.value in graphs}
+    for kind in (kind for kind in KINDS if kind in graphs):
+        forward, _, order = kind.partition("_")
+        modules[kind] = FORWARDS[Forward(forward)](family, config, int(order or 0))
     modules |= {FRONT: Front(family, config)} if FRONT in graphs else {}
     modules[VAE_DECODER] = VaeDecoder(VAE, family.patch_size, pipeline.size if is_one_size else None, dtype)
     if key == "pixart":

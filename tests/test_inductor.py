@@ -177,6 +177,36 @@ def test_a_table_may_be_open_in_steps_and_images_at_once(programs: Exported) -> 
     assert {(2, 4), (2, 5)} <= found
 
 
+@pytest.fixture(scope="module")
+def forecasting(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Programs of a random DiT with 2 blocks that forecast, and count tokens of each block."""
+    folder = tmp_path_factory.mktemp("forecasting")
+    transformer = tiny_dit(num_blocks=2, channels=1, has_learned_sigma=False)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    save_tiny_model(folder / "model", has_vae=False, transformer=transformer, scheduler=scheduler)
+    model = load_model(str(folder / "model"))
+    schedule = schedule_from_rhythm(model, model.scheduler, "FF1S", num_tokens=((4, 9),), deep_start=0)
+    graph_set = export_pipeline(model, {"short": schedule}, folder / "graphs", format="torch")
+    return Exported(folder / "graphs", graph_set)
+
+
+def test_the_counts_of_blocks_may_be_open_each_by_itself(forecasting: Exported) -> None:
+    graph = forecasting.graphs["tokens"]
+    whole = torch.export.load(io.BytesIO((forecasting.folder / graph.file).read_bytes()))
+    sides = {"B": (1, 1, 1), "K": (4, 9, 9), "K.mlp.0": (2, 4, 5), "K.mlp.1": (3, 9, 9)}
+    traced = _specialized(whole, graph, Profile(sides), rows_per_image=2)
+    found = {(int(found.lower), int(found.upper)) for found in traced.range_constraints.values()}
+    assert found == {(4, 9), (2, 5), (3, 9)}
+
+
+@pytest.mark.slow
+def test_forecasts_and_counts_of_blocks_are_what_pytorch_computed(forecasting: Exported, tmp_path: Path) -> None:
+    build_bundle(forecasting.folder, tmp_path / "bundle", BuildOptions("inductor", 1))
+    parity = read_manifest(tmp_path / "bundle").parity
+    assert set(parity) == {"short", "full"}
+    assert all(0 <= difference < BOUND for difference in parity.values())
+
+
 def reuse_job(programs: Exported, folder: Path, *profiles: Profile) -> EngineJob:
     """The smallest program."""
     graph = programs.graphs["reuse"]

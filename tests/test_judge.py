@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +115,48 @@ def test_the_judge_of_these_tests_is_a_valid_graph(folder: Path) -> None:
     model = onnx.load(folder / "judge.onnx")
     onnx.checker.check_model(model)
     assert [value.name for value in model.graph.output] == ["logits", "features"]
+
+
+def test_statistics_that_do_not_belong_together_are_refused(folder: Path) -> None:
+    for mean, covariance in [(np.zeros(3), np.eye(2)), (np.zeros(1), np.eye(1)), (np.zeros((1, 3)), np.eye(3))]:
+        _write_statistics(folder, mean=mean, covariance=covariance)
+        with pytest.raises(SearchError, match=r"where \(F,\) and \(F, F\) belong together, of 2 features or more"):
+            Judge(folder)
+
+
+def test_statistics_of_other_features_than_the_graph_gives_are_refused(folder: Path) -> None:
+    _write_statistics(folder, mean=np.zeros(2), covariance=np.eye(2))
+    judge = Judge(folder)
+    with pytest.raises(SearchError, match=r"sees \(3,\) features, but its statistics are of \(2,\)"):
+        judge.look(np.zeros((1, 4, 4, CHANNELS)))
+
+
+def test_images_that_the_graph_does_not_take_are_refused_by_their_shape(folder: Path) -> None:
+    with pytest.raises(SearchError, match=r"cannot look at images of shape \(4, 4, 1\)"):
+        Judge(folder).look(np.zeros((2, 4, 4, 1)))
+
+
+def test_a_judge_that_was_sent_elsewhere_judges_alike(folder: Path) -> None:
+    judge = Judge(folder)
+    sent: Judge = pickle.loads(pickle.dumps(judge))
+    images = np.random.default_rng(0).random((5, 4, 4, CHANNELS))
+    for here, there in zip(judge.look(images), sent.look(images), strict=True):
+        np.testing.assert_array_equal(here, there)
+    assert sent.digest == judge.digest
+    assert sent.frechet(images[:, 0, 0]) == judge.frechet(images[:, 0, 0])
+
+
+def test_judges_of_other_files_have_other_digests(folder: Path) -> None:
+    first = Judge(folder).digest
+    assert Judge(folder).digest == first
+    _write_statistics(folder, mean=np.ones(CHANNELS), covariance=np.eye(CHANNELS))
+    second = Judge(folder).digest
+    (folder / "judge.onnx").write_bytes(_doubled(folder / "judge.onnx"))
+    assert len({first, second, Judge(folder).digest}) == 3
+
+
+def _doubled(path: Path) -> bytes:
+    """Return a judge that is twice as sure."""
+    model = onnx.load(path)
+    model.graph.initializer[1].float_data[0] = 20
+    return bytes(model.SerializeToString())

@@ -32,6 +32,7 @@ from strategies import examples, json_values, manifests, mutated
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 SCHEDULE: Final = read_schedule(GOLDEN / "schedule.json")  # FCSFCDFF from block 3, for the model `digits`
+FORECASTS: Final = read_schedule(GOLDEN / "forecasts.json")  # FF1SMF2D of the same model, from block 2
 ALL_FORWARDS: Final = {"full", "deep", "tokens", "reuse"}
 MADE_BY: Final = MadeBy("hemiola build", {"hemiola": "0.1.0"}, None)
 
@@ -45,6 +46,8 @@ PIPELINE: Final = Pipeline(
     state_rows=1,
     deep_start=3,
     selector=SCHEDULE.selector,
+    mask=(".x.x", "xx.."),
+    has_block_counts=True,
     labels={"0": "zero", "1": "one"},
     text=None,
     min_size=(8, 8),
@@ -58,6 +61,8 @@ PIPELINE: Final = Pipeline(
 TEXT_PIPELINE: Final = replace(
     PIPELINE,
     branches=("attention", "cross", "mlp"),
+    mask=None,
+    has_block_counts=False,
     labels={},
     text=TextSpec(120),
     min_size=(4, 6),
@@ -86,10 +91,23 @@ DECODER: Final = GraphSpec(
     activation_bytes_per_row=8192,
 )
 
-PROFILES: Final = (Profile({"B": (1, 1, 1)}), Profile({"B": (2, 8, 8)}))
+TOKENS: Final = replace(
+    GRAPH,
+    name="tokens_1",
+    file="fp32/tokens_1.onnx",
+    inputs=(
+        TensorSpec("forecast", "float32", (2,)),
+        TensorSpec("token_slots", "int64", ("K",)),
+        TensorSpec("token_slots.mlp.3", "int64", ("K.mlp.3",)),
+        TensorSpec("mlp_cache.3", "float32", ("R", 16, 32)),
+        TensorSpec("mlp_cache.3.1", "float32", ("R", 16, 32)),
+    ),
+)
+
+PROFILES: Final = (Profile({"B": (1, 1, 1)}), Profile({"B": (2, 8, 8), "K": (4, 8, 8), "K.mlp.3": (2, 8, 8)}))
 
 MANIFEST: Final = Manifest(
-    schema=3,
+    schema=4,
     backend=BackendSpec("tensorrt", "10.13.3", "NVIDIA L4", ("8.9",)),
     pipeline=PIPELINE,
     precision="fp16",
@@ -99,7 +117,7 @@ MANIFEST: Final = Manifest(
         "front": EngineSpec(replace(GRAPH, name="front"), "cd" * 32, PROFILES),
         "deep": EngineSpec(replace(GRAPH, name="deep"), "ab" * 32, PROFILES),
     },
-    forwards={"full": ("front", "deep"), "deep": ("deep",)},
+    forwards={"full": ("front", "deep"), "deep": ("deep",), "deep_1": ("deep",)},
     schedules={"full": "schedules/full.json"},
     solvers={SCHEDULE.scheduler.digest: "solvers/DDIM-8.json"},
     files={
@@ -109,16 +127,18 @@ MANIFEST: Final = Manifest(
         "solvers/DDIM-8.json": FileSpec("45" * 32, 20),
     },
     parity={"full": 1e-6},
-    forward_parity={"full": 1e-3, "deep": 2e-3},
+    forward_parity={"full": 1e-3, "deep": 2e-3, "deep_1": 3e-3},
     made_by=MADE_BY,
 )
 
 GRAPH_SET: Final = GraphSet(
-    schema=3,
+    schema=4,
     pipeline=TEXT_PIPELINE,
     format="onnx",
     precisions={
-        "fp32": Graphs({"full": replace(GRAPH, file="fp32/full.onnx"), "vae_decoder": DECODER}, "01" * 32),
+        "fp32": Graphs(
+            {"full": replace(GRAPH, file="fp32/full.onnx"), "tokens_1": TOKENS, "vae_decoder": DECODER}, "01" * 32
+        ),
         "bf16": Graphs({"full": replace(GRAPH, file="bf16/full.onnx")}, "67" * 32),
     },
     schedules=MANIFEST.schedules,
@@ -160,7 +180,7 @@ READERS: Final = [
 ]
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 @pytest.mark.parametrize(("read", "name", "mend"), READERS)
 def test_a_file_of_an_older_schema_is_refused_by_its_number_with_the_command_that_writes_it_anew(
     read: Callable[[Path], object], name: str, mend: str, schema: int
@@ -169,7 +189,7 @@ def test_a_file_of_an_older_schema_is_refused_by_its_number_with_the_command_tha
     assert json.loads((folder / name).read_text())["schema"] == schema
     with pytest.raises(BundleError) as caught:
         read(folder)
-    assert str(caught.value).startswith(f"{name}.schema: expected one of 3, found {schema}")
+    assert str(caught.value).startswith(f"{name}.schema: expected one of 4, found {schema}")
     assert mend in str(caught.value)
 
 
@@ -184,8 +204,8 @@ def test_a_folder_without_its_description_is_refused_with_the_command_that_makes
 
 
 REFUSED: list[tuple[list[str | int], Any, str]] = [
-    (["schema"], 2, "manifest.json.schema: expected one of 3, found 2"),
-    (["schema"], 4, "manifest.json.schema: expected one of 3, found 4"),
+    (["schema"], 3, "manifest.json.schema: expected one of 4, found 3"),
+    (["schema"], 5, "manifest.json.schema: expected one of 4, found 5"),
     (["surprise"], 1, "manifest.json: unknown key 'surprise'"),
     (["pipeline", "surprise"], 1, "manifest.json.pipeline: unknown key 'surprise'"),
     (["precision"], "int8", "manifest.json.precision: expected one of 'fp32', 'fp16', 'bf16', found \"int8\""),
@@ -220,6 +240,8 @@ REFUSED: list[tuple[list[str | int], Any, str]] = [
     (["forwards", "reuse"], ["reuse"], "manifest.json: there is no engine reuse"),
     (["forwards", "shallow"], ["front"], "manifest.json: shallow is no forward"),
     (["forwards", "front"], ["front"], "manifest.json: front is no forward"),
+    (["forwards", "full_1"], ["deep"], "manifest.json: full_1 is no forward"),
+    (["forwards", "deep_5"], ["deep"], "manifest.json: deep_5 is no forward"),
     (["forwards", "deep"], [], "manifest.json: a forward, `full` or another, has no engine"),
     (["forwards"], {"deep": ["deep"]}, "manifest.json: a forward, `full` or another, has no engine"),
     (["forwards", "full"], "front", 'manifest.json.forwards.full: expected a list, found "front"'),
@@ -278,10 +300,13 @@ def test_an_invalid_graph_set_is_refused_with_the_place(
 
 
 @pytest.mark.parametrize("sides", [(1, 1, 1), (1, 1, 8), (1, 8, 8), (2, 5, 8)])
-@pytest.mark.parametrize("symbol", PROFILE_SYMBOLS)
+@pytest.mark.parametrize("symbol", [*PROFILE_SYMBOLS, "K.mlp.3"])
 def test_a_profile_covers_from_its_smallest_to_its_largest_number(symbol: str, sides: tuple[int, int, int]) -> None:
     profile = Profile({symbol: sides})
-    others = dict.fromkeys(PROFILE_SYMBOLS, 99) | {"K": 0}  # sides that the profile does not have may be anything
+    others = dict.fromkeys(PROFILE_SYMBOLS, 99) | {
+        "K": 0,
+        "K.mlp.3": 0,
+    }  # sides that the profile does not have may be anything
     covered = [number for number in range(12) if profile.covers(others | {symbol: number})]
     assert covered == list(range(sides[0], sides[2] + 1))
 
@@ -302,6 +327,8 @@ def test_a_profile_covers_sizes_only_if_it_covers_each_of_them() -> None:
         ("R", (1, 1, 2), "R = 1 ≤ 1 ≤ 2 is no side"),
         ("TR", (1, 1, 2), "TR = 1 ≤ 1 ≤ 2 is no side"),
         ("N", (4, 2, 4), "N = 4 ≤ 2 ≤ 4 is no side"),
+        ("K.mlp.3", (0, 1, 1), "K.mlp.3 = 0 ≤ 1 ≤ 1 is no side"),
+        ("K3", (1, 1, 1), "K3 = 1 ≤ 1 ≤ 1 is no side"),
         ("height", (1, 1, 2), "height = 1 ≤ 1 ≤ 2 is no side"),  # which follows from the rows
     ],
 )
@@ -411,7 +438,7 @@ def test_a_shape_follows_the_size_of_the_picture() -> None:
     assert TEXT_PIPELINE.symbols(1, 5) == TEXT_PIPELINE.symbols(1, 5, (8, 8))
 
 
-@pytest.mark.parametrize("side", ["n", "W", "Rows", -1])
+@pytest.mark.parametrize("side", ["n", "W", "Rows", "K3", -1])
 def test_a_side_that_is_no_symbol_is_refused(side: str | int) -> None:
     with pytest.raises(ValueError, match=f"{side!r} is no side of a shape; symbols are B, R, K, T, TR, N, rows, col"):
         TensorSpec("x", "float32", (side,))
@@ -484,6 +511,7 @@ def test_the_size_of_a_weight_follows_from_its_dtype(dtype: Any, num_bytes: int)
 def test_a_schedule_needs_the_forwards_that_it_runs_and_no_others() -> None:
     PIPELINE.check_schedule(SCHEDULE, ALL_FORWARDS)
     PIPELINE.check_schedule(SCHEDULE.uncached(), {"full"})
+    replace(PIPELINE, deep_start=2).check_schedule(FORECASTS, set(FORECASTS.kinds))
     with pytest.raises(ScheduleError, match="runs `deep, reuse, tokens`, but only full were exported"):
         PIPELINE.check_schedule(SCHEDULE, {"full"})
 
@@ -570,6 +598,48 @@ MISMATCHED: list[tuple[str, Schedule, Pipeline, set[str], list[str]]] = [
         replace(PIPELINE, selector=None),
         ALL_FORWARDS,
         ["score='value_norm'", "selector = None"],
+    ),
+    (
+        "missing order",
+        FORECASTS,
+        replace(PIPELINE, deep_start=2),
+        {"full", "reuse", "reuse_2", "tokens", "masked", "deep"},
+        ["runs `masked_1, reuse_1`", "only deep, full, masked, reuse, reuse_2, tokens were exported"],
+    ),
+    (
+        "other mask",
+        FORECASTS,
+        replace(PIPELINE, deep_start=2, mask=("x...", "....")),
+        set(FORECASTS.kinds),
+        ["needs mask = ('.x.x', 'xx..')", "exported with mask = ('x...', '....')", "Export again"],
+    ),
+    (
+        "counts of blocks",
+        FORECASTS,
+        replace(PIPELINE, deep_start=2, has_block_counts=False),
+        set(FORECASTS.kinds),
+        ["a token count for each block", "exported with one for all", "Export again"],
+    ),
+    (
+        "counts of other blocks",
+        replace(SCHEDULE, steps=(FULL, REUSE, tokens(((4, 4),)), FULL, REUSE, DEEP, FULL, FULL)),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["step 2 has token counts for 2 blocks", "the graphs take them for 1: one for each deep block"],
+    ),
+    (
+        "counts of other branches",
+        replace(SCHEDULE, steps=(FULL, REUSE, tokens(((4,), (4,))), FULL, REUSE, DEEP, FULL, FULL)),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["step 2 has token counts for 1 + 1 blocks", "the graphs take them for 1: one for each deep block"],
+    ),
+    (
+        "too many tokens of a block",
+        replace(SCHEDULE, steps=(FULL, REUSE, tokens(((17,),)), FULL, REUSE, DEEP, FULL, FULL)),
+        PIPELINE,
+        ALL_FORWARDS,
+        ["step 2 recomputes 17 tokens", "an image has 16"],
     ),
     (
         "too many tokens",

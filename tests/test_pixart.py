@@ -25,9 +25,11 @@ from hemiola_export.conditioning import Conditioning, ForwardConfig
 from hemiola_export.errors import ExportError
 from hemiola_export.families import Family, open_transformer
 from hemiola_export.families.pixart import PixArt
-from hemiola_export.forwards import Deep, Front, Full, Reuse, StepForward, Tokens
+from hemiola_export.forwards import Deep, Front, Full, Reuse
 from hemiola_export.named_module import Tensors
 from hemiola_export.selection import compute_and_score
+from hemiola_export.step_forward import StepForward
+from hemiola_export.token_forward import Tokens
 from hemiola_export.trajectory import token_places
 from hemiola_runtime.graphs import PRECISIONS, Precision
 from hemiola_runtime.schedule import TokenSelector

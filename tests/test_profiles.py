@@ -18,7 +18,8 @@ from strategies import Lowerable, Size, examples, lowerables, schedules, sizes_o
 
 GOLDEN: Final = Path(__file__).parent / "golden"
 SCHEDULE: Final = read_schedule(GOLDEN / "schedule.json")
-ONE_SIZE: Final = read_manifest(GOLDEN).pipeline  # 8 × 8 latents in 16 patches
+BY_BLOCK: Final = read_manifest(GOLDEN).pipeline  # 8 × 8 latents in 16 patches, a count for its one deep block, 3
+ONE_SIZE: Final = replace(BY_BLOCK, has_block_counts=False)
 SIZES: Final = replace(ONE_SIZE, labels={}, text=TextSpec(5), min_size=(4, 4), max_size=(12, 16), tile_size=10)
 B: Final = TensorSpec("state", "float32", (1, "B", 16, 16))
 R: Final = TensorSpec("mlp_cache.0", "float32", ("R", 16, 32))
@@ -29,7 +30,7 @@ N: Final = TensorSpec("positions", "float32", ("N", 32))
 GRID: Final = TensorSpec("latents", "float32", ("B", "rows", "columns", 2, 2, 4))
 
 
-def graph_of(*inputs: TensorSpec, name: str = "graph") -> GraphSpec:
+def graph_of(*inputs: TensorSpec, name: str = "tokens") -> GraphSpec:
     return GraphSpec(name, "graph.onnx", "0" * 64, inputs, (TensorSpec("x", "float32", ("B", "K")),), (), 0)
 
 
@@ -56,16 +57,35 @@ def schedule_of(num_steps: int, *counts: int) -> Schedule:
 def test_token_counts_are_cut_into_a_few_buckets_tuned_for_their_largest(
     counts: list[int], buckets: list[tuple[int, int, int]]
 ) -> None:
-    assert token_buckets(counts) == buckets
+    assert token_buckets([{"K": count} for count in counts]) == [{"K": bucket} for bucket in buckets]
 
 
 @examples(100)
 @given(counts=st.lists(st.integers(1, 300)))
 def test_every_token_count_lies_in_exactly_one_of_the_few_buckets(counts: list[int]) -> None:
-    buckets = token_buckets(counts)
+    buckets = [bucket["K"] for bucket in token_buckets([{"K": count} for count in counts])]
     assert len(buckets) <= MAX_TOKEN_BUCKETS
     assert all(sum(least <= count <= most for least, _, most in buckets) == 1 for count in counts)
     assert {most for _, _, most in buckets} <= set(counts)
+
+
+def test_counts_of_several_blocks_are_cut_together() -> None:
+    """Five steps are two to a bucket, those that compute the fewest tokens first."""
+    steps = [{"K": 2 * n, "K.mlp.2": n, "K.mlp.3": 2 * n} for n in (5, 1, 4, 2, 3)]
+    assert token_buckets(steps) == [
+        {"K": (2, 4, 4), "K.mlp.2": (1, 2, 2), "K.mlp.3": (2, 4, 4)},
+        {"K": (6, 8, 8), "K.mlp.2": (3, 4, 4), "K.mlp.3": (6, 8, 8)},
+        {"K": (10, 10, 10), "K.mlp.2": (5, 5, 5), "K.mlp.3": (10, 10, 10)},
+    ]
+
+
+@examples(50)
+@given(counts=st.lists(st.tuples(*[st.integers(1, 300)] * 3)))
+def test_every_step_of_several_counts_lies_in_one_of_the_few_buckets(counts: list[tuple[int, int, int]]) -> None:
+    steps = [dict(zip(("K", "K.mlp.2", "K.mlp.3"), of_step, strict=True)) for of_step in counts]
+    buckets = [Profile(bucket) for bucket in token_buckets(steps)]
+    assert len(buckets) <= MAX_TOKEN_BUCKETS
+    assert [step for step in steps if not any(bucket.covers(step) for bucket in buckets)] == []
 
 
 ALONE: Final = (1, 1, 1)
@@ -120,6 +140,28 @@ def test_where_pictures_differ_in_size_a_profile_takes_all_and_is_tuned_for_the_
     assert profiles_of(graph_of(*inputs, name=name), SIZES, asked, 1) == (Profile(sides),)
 
 
+OF_BLOCK: Final = TensorSpec("token_slots.mlp.3", "int64", ("K.mlp.3",))
+
+
+def test_counts_of_blocks_have_sides_of_their_own() -> None:
+    asked = [
+        replace(SCHEDULE, steps=tuple(tokens(((n,),)) if i == 2 else step for i, step in enumerate(SCHEDULE.steps)))
+        for n in (4, 12)
+    ]
+    sides = [{"B": ALONE, "K": (n, n, n), "K.mlp.3": (n, n, n)} for n in (4, 12)]
+    assert profiles_of(graph_of(B, K, OF_BLOCK), BY_BLOCK, asked, 1) == tuple(map(Profile, sides))
+    of_sizes = replace(SIZES, has_block_counts=True)
+    (profile,) = profiles_of(graph_of(K, OF_BLOCK), of_sizes, asked, 1)
+    assert profile == Profile({"K": (1, 12, 36), "K.mlp.3": (1, 12, 36)})
+
+
+@pytest.mark.parametrize(("name", "count"), [("tokens", 4), ("tokens_1", 12)])
+def test_an_engine_is_tuned_for_the_steps_that_it_does(name: str, count: int) -> None:
+    steps = (FULL, tokens(4), FULL, replace(tokens(12), forecast=(2.0, -1.0)), REUSE, REUSE)
+    asked = replace(schedule_of(6, 4), steps=steps)
+    assert profiles_of(graph_of(K, name=name), ONE_SIZE, [asked], 1) == (Profile({"K": (count, count, count)}),)
+
+
 def test_sizes_multiply_no_profiles() -> None:
     profiles = profiles_of(graph_of(B, N, K), SIZES, [schedule_of(6, 4, 12)], 8)
     of_size = {"K": (1, 12, 36), "N": (4, 16, 48)}
@@ -127,30 +169,33 @@ def test_sizes_multiply_no_profiles() -> None:
 
 
 @examples(60)
-@given(schedule=schedules(), size=sizes_of(SIZES))
+@given(schedule=schedules(deep_start=3), size=sizes_of(SIZES))
 def test_every_size_of_every_schedule_is_covered(schedule: Schedule, size: Size) -> None:
-    steps = [step for step in schedule.steps if step.tokens is not None]
-    (profile,) = profiles_of(graph_of(N, GRID, *([K] if steps else [])), SIZES, [schedule], 1)
-    rows, columns = SIZES.grid_of(size)
+    pipeline = replace(SIZES, has_block_counts=True)
+    rows, columns = pipeline.grid_of(size)
     of_size = {"B": 1, "N": rows * columns, "rows": rows, "columns": columns}
-    asked = [of_size | {"K": SIZES.selected_tokens(step, size)} for step in steps or [FULL]]
-    assert [sizes for sizes in asked if not profile.covers(sizes)] == []
+    for kind in schedule.kinds:
+        steps = [step for step in schedule.steps if step.kind == kind]
+        counts = [K, OF_BLOCK] if steps[0].tokens is not None else []
+        (profile,) = profiles_of(graph_of(N, GRID, *counts, name=kind), pipeline, [schedule], 1)
+        asked = [of_size | pipeline.selected_tokens(step, size) for step in steps]
+        assert [sizes for sizes in asked if not profile.covers(sizes)] == []
 
 
 @examples(40)
-@given(asked=st.lists(schedules(), min_size=1, max_size=4), max_batch_size=st.integers(1, 9))
+@given(asked=st.lists(schedules(deep_start=3), min_size=1, max_size=4), max_batch_size=st.integers(1, 9))
 def test_whatever_the_schedules_ask_for_is_covered(asked: list[Schedule], max_batch_size: int) -> None:
-    counts = {step.tokens for schedule in asked for step in schedule.steps if step.tokens is not None} or {0}
-    graph = graph_of(B, R, T, *([K] if counts != {0} else []))
-    profiles = profiles_of(graph, ONE_SIZE, asked, max_batch_size)
-    sizes = [
-        {"B": images, "K": count, "T": len(schedule.steps)}
-        for schedule in asked
-        for count in counts
-        for images in range(1, max_batch_size + 1)
-    ]
-    assert [s for s in sizes if not any(profile.covers(s) for profile in profiles)] == []
-    assert not any(profile.covers(sizes[0] | {"B": max_batch_size + 1}) for profile in profiles)
+    for kind in {kind for schedule in asked for kind in schedule.kinds}:
+        steps = [(s, len(schedule.steps)) for schedule in asked for s in schedule.steps if s.kind == kind]
+        graph = graph_of(B, R, T, *([K, OF_BLOCK] if steps[0][0].tokens is not None else []), name=kind)
+        profiles = profiles_of(graph, BY_BLOCK, asked, max_batch_size)
+        sizes = [
+            {"B": images, "T": num_steps} | BY_BLOCK.selected_tokens(step, BY_BLOCK.size)
+            for step, num_steps in steps
+            for images in range(1, max_batch_size + 1)
+        ]
+        assert [s for s in sizes if not any(profile.covers(s) for profile in profiles)] == []
+        assert not any(profile.covers(sizes[0] | {"B": max_batch_size + 1}) for profile in profiles)
 
 
 @examples(20)
@@ -170,4 +215,4 @@ def test_a_schedule_of_the_export_lowers_for_every_batch_size_of_its_bundle(part
 
 
 def _used(parts: Lowerable) -> set[str]:
-    return {engine for step in parts.schedule.steps for engine in parts.manifest.forwards[step.forward.value]}
+    return {engine for step in parts.schedule.steps for engine in parts.manifest.forwards[step.kind]}

@@ -60,6 +60,7 @@ def test_the_report_says_what_ran_and_how_long_it_took() -> None:
         wall_ms=100.0,
         graph_bytes=None,
         text=None,
+        step_ms=(10.0, 1.0, 3.0, 11.0, 1.5, 5.0, 10.0, 12.0),
     )
     assert report.overhead == pytest.approx(0.225)  # 77.5 of 100 ms were spent in engines
 
@@ -68,7 +69,7 @@ def test_a_captured_trajectory_is_timed_as_a_whole() -> None:
     ran = Ran(tuple(engine for engine, _ in LAUNCHES), (), 80.0, 4096)
     report = report_of("fast", SCHEDULE, SEPARATE, 3, ran, 100.0)
     assert (report.rhythm, report.counts["full"], report.graph_bytes) == ("FCSFCDFF", 4, 4096)
-    assert (report.engine_ms, report.trajectory_ms) == ({}, 80.0)
+    assert (report.engine_ms, report.step_ms, report.trajectory_ms) == ({}, (), 80.0)
     assert report.overhead == pytest.approx(0.2)
 
 
@@ -132,6 +133,7 @@ def test_a_front_followed_by_deep_is_a_full_step_and_deep_alone_is_not() -> None
     assert report.counts == {"conditioning": 1, "front": 4, "deep": 5, "reuse": 2, "tokens": 1, "vae_decoder": 1}
     # full took 43 ms: a quarter is front's, the rest deep's, which ran 5 ms alone
     assert (report.engine_ms["front"], report.engine_ms["deep"]) == (10.75, 32.25 + 5)
+    assert report.step_ms == report_on(LAUNCHES).step_ms  # a step of two engines takes what both take
 
 
 @pytest.mark.parametrize(

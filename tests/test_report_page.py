@@ -2,220 +2,52 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hemiola.pictures import as_png, row_of
-from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.bench import Machine, Measurement, Spread
-from hemiola_runtime.graphs import GraphSpec
-from hemiola_runtime.manifest import BackendSpec, EngineSpec, FileSpec, Manifest
-from hemiola_runtime.pipeline import Pipeline
-from hemiola_runtime.schedule import (
-    DEEP,
-    FULL,
-    REUSE,
-    FoundBy,
-    ModelIdentity,
-    Schedule,
-    SchedulerIdentity,
-    Step,
-    TokenSelector,
-    tokens,
-)
-from hemiola_search.plots import ParetoPoint, pareto_plot
-from hemiola_search.record import Point, SearchRecord
-from hemiola_search.report import LatencyModel, ReportInput, difference_image, render_report
+from hemiola.pictures import as_png
+from hemiola_search.errors import SearchError
+from hemiola_search.record import CostSource
+from hemiola_search.report import ReportInput, chosen_schedule, difference_image, render_report
+from hemiola_search.score import NOTES, note_id
+from records import BUDGET, ERRORS, FIGURES, RHYTHMS, point, record
+from report_pages import KEYS, SCHEDULES, Page, parsed, points_of, report_input, spread
 
-STEPS: dict[str, Step] = {"F": FULL, "D": DEEP, "S": tokens(4), "C": REUSE}
-RHYTHMS = {"procache": "FCSCFC", "uniform": "FCCFCC", "fewer_steps": "FF", "full": "FFFFFF"}
-ENGINE_MS = {"F": 10.0, "S": 3.0, "C": 1.0}
-CONDITIONING_MS, DECODER_MS = 2.0, 4.0
-BATCH_SIZE = 2
-MODEL = ModelIdentity("dit", "tiny", "0" * 64, (1, 8, 8))
-SELECTOR = TokenSelector("value_norm", 0.0, 0.0, 1, 0)
-MADE_BY = MadeBy("hemiola search tiny", {"python": "3.11.0", "torch": "2.11.0"}, "abcdef012345")
-VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})  # elements of HTML that have no end tag
 LOADED = frozenset({"src", "srcset", "href", "xlink:href", "poster", "data", "action", "background"})
+CHAIN = ("front", "deep")
 
 
-def _schedule(strategy: str) -> Schedule:
-    rhythm = RHYTHMS[strategy]
-    is_deep = "S" in rhythm
-    return Schedule(
-        schema=1,
-        model=MODEL,
-        scheduler=SchedulerIdentity("DDIMScheduler", {}, len(rhythm), tuple(map(float, range(len(rhythm))))),
-        guidance="classifier_free",
-        deep_start=1 if is_deep else None,
-        selector=SELECTOR if is_deep else None,
-        steps=tuple(STEPS[letter] for letter in rhythm),
-        found_by=FoundBy(strategy, {}, 0, MADE_BY),
-        measured={},
-    )
-
-
-def _spread(median_ms: float) -> Spread:
-    return Spread(median_ms, 0.9 * median_ms, 1.1 * median_ms, 1.2 * median_ms)
-
-
-def _measurement(name: str) -> Measurement:
-    rhythm = RHYTHMS[name]
-    engines = {STEPS[letter].forward.value: _spread(ENGINE_MS[letter]) for letter in dict.fromkeys(rhythm)}
-    engines |= {"conditioning": _spread(CONDITIONING_MS * len(rhythm) / 6), "vae_decoder": _spread(DECODER_MS)}
-    return Measurement(name, rhythm, _spread(10.0 * len(rhythm)), 0.015, engines, 1.25)
-
-
-def _point(strategy: str, images: str = "held_out", rhythm: str | None = None, **quality: float) -> Point:
-    figures = {"relative_l2": 0.0123, "psnr": 31.27, "ssim": 0.9876} | quality
-    return Point(
-        strategy=strategy,
-        name="uncached" if strategy == "full" else "as named",
-        num_steps=6,
-        rhythm=RHYTHMS[strategy] if rhythm is None else rhythm,
-        tokens=0,
-        images="held_out" if images == "held_out" else "searched",
-        quality=figures,
-        tera_flops=0.0415,
-    )
-
-
-def _png(seed: int) -> bytes:
-    images = np.random.default_rng(seed).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
-    return as_png(row_of(images))
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def given() -> ReportInput:
-    record = SearchRecord(
-        schema=2,
-        model="tiny",
-        sampler="DDIM-6",
-        guidance_scale=3.5,
-        num_images=20,
-        num_held_out=60,
-        chosen=RHYTHMS["procache"],
-        points=(
-            _point("procache", "searched", "FCCCFC"),
-            _point("procache", "searched"),
-            _point("full", relative_l2=0.0, psnr=100.0, ssim=1.0),
-            _point("procache"),
-            _point("uniform", relative_l2=0.05),
-            _point("fewer_steps", relative_l2=0.2),
-        ),
-        made_by=MADE_BY,
-        prompts=(),
-    )
-    schedules = {name: f"schedules/{name}.json" for name in RHYTHMS}
-    engines = {
-        name: EngineSpec(GraphSpec(name, f"engines/{name}.onnx", "0" * 64, (), (), (), 0), "0" * 64, ())
-        for name in ("conditioning", "full", "tokens", "reuse", "vae_decoder")
-    }
-    files = [*schedules.values(), *(engine.graph.file for engine in engines.values())]
-    manifest = Manifest(
-        schema=3,
-        backend=BackendSpec("onnxruntime", "1.23.0"),
-        pipeline=Pipeline(
-            model=MODEL,
-            guidance="classifier_free",
-            num_blocks=2,
-            width=32,
-            patch_size=2,
-            branches=("attention", "mlp"),
-            state_rows=1,
-            deep_start=1,
-            selector=SELECTOR,
-            labels={"0": "zero"},
-            text=None,
-            min_size=(8, 8),
-            max_size=(8, 8),
-            pixels_per_latent=1,
-            image_channels=1,
-            tile_size=None,
-        ),
-        precision="fp32",
-        max_batch_size=4,
-        engines=engines,
-        forwards={name: (name,) for name in ("full", "tokens", "reuse")},
-        schedules=schedules,
-        solvers={},
-        files={file: FileSpec("0" * 64, 1) for file in files},
-        parity={},
-        forward_parity={},
-        made_by=MadeBy("hemiola build graphs", {"onnxruntime": "1.23.0"}, None),
-    )
-    return ReportInput(
-        record=record,
-        manifest=manifest,
-        schedules={name: _schedule(name) for name in RHYTHMS},
-        measured={name: _measurement(name) for name in RHYTHMS},
-        batch_size=BATCH_SIZE,
-        machine=Machine("A Processor", 16, "Linux x86_64", "3.11.0"),
-        pictures={name: _png(i) for i, name in enumerate(RHYTHMS)},
-        differences={name: _png(10 + i) for i, name in enumerate(RHYTHMS) if name != "full"},
-    )
+    return report_input()
 
 
-@dataclass
-class Page(HTMLParser):
-    """A page in parts: its elements, and the text of every cell by row; fails on tags that do not match."""
-
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    open_tags: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open_tags.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags, f"</{tag}> closes nothing"
-        assert self.open_tags.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.open_tags and self.open_tags[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-    def with_tag(self, tag: str) -> Iterator[dict[str, str | None]]:
-        return (attributes for name, attributes in self.elements if name == tag)
-
-    def row(self, name: str) -> list[str]:
-        return next(row for row in self.rows if row[0] == name)
+@pytest.fixture(scope="module")
+def text(given: ReportInput) -> str:
+    return render_report(given)
 
 
-def _parsed(text: str) -> Page:
-    page = Page()
-    page.feed(text)
-    page.close()
-    return page
+@pytest.fixture(scope="module")
+def page(text: str) -> Page:
+    return parsed(text)
 
 
-def test_every_tag_of_the_page_is_closed_in_its_turn(given: ReportInput) -> None:
-    page = _parsed(render_report(given))
+def test_every_tag_of_the_page_is_closed_in_its_turn(page: Page) -> None:
     assert page.open_tags == []
     assert {"html", "head", "body", "table", "svg", "img"} <= {tag for tag, _ in page.elements}
 
 
-def test_the_page_loads_nothing_from_elsewhere(given: ReportInput) -> None:
-    text = render_report(given)
-    page = _parsed(text)
+def test_no_id_of_the_page_is_given_twice_and_every_reference_has_one(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    referred = {attributes["href"] for attributes in page.with_tag("use") if "href" in attributes}
+    assert referred
+    assert referred <= {f"#{name}" for name in ids}
+
+
+def test_the_page_loads_nothing_from_elsewhere(text: str, page: Page) -> None:
     loaded = [value or "" for _, attributes in page.elements for key, value in attributes.items() if key in LOADED]
     assert loaded
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in loaded)
@@ -224,99 +56,205 @@ def test_the_page_loads_nothing_from_elsewhere(given: ReportInput) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", text))
 
 
-def test_the_page_shows_the_images_that_were_drawn_uncached_ones_first(given: ReportInput) -> None:
-    images = list(_parsed(render_report(given)).with_tag("img"))
+def test_the_page_shows_the_images_that_were_drawn_uncached_ones_first(given: ReportInput, page: Page) -> None:
+    images = list(page.with_tag("img"))
     shown = [base64.b64decode((image["src"] or "").partition(",")[2]) for image in images]
     expected = [given.pictures["full"]]
-    for name in ("procache", "uniform", "fewer_steps"):
+    for name in ("taylorseer", "uniform", "procache", "fewer_steps"):
         expected += [given.pictures[name], given.differences[name]]
     assert shown == expected
-    names = ["uncached", "ProCache", "difference", "uniform period (FORA)", "difference", "fewer steps", "difference"]
-    assert [image["alt"] for image in images] == names
+    names = [image["alt"] for image in images]
+    assert names[:4] == ["uncached", "TaylorSeer", "TaylorSeer, difference", "uniform (FORA)"]
 
 
-def test_the_page_draws_the_rhythm_of_every_schedule(given: ReportInput) -> None:
-    page = _parsed(render_report(given))
-    bars = [attributes["aria-label"] for attributes in page.with_tag("div") if attributes.get("class") == "bars"]
-    assert bars == list(RHYTHMS.values())
-    for letter in "FSC":
-        drawn = [attributes for attributes in page.with_tag("i") if attributes == {"class": letter}]
-        assert len(drawn) == "".join(RHYTHMS.values()).count(letter)
-    assert "2 full, 3 reuse, 1 tokens" not in page.text  # the most frequent comes first
-    assert "3 reuse, 2 full, 1 tokens" in page.text
+def test_small_pictures_keep_their_pixels_and_large_ones_are_smoothed(given: ReportInput) -> None:
+    large = as_png(np.zeros((128, 512, 1), dtype=np.uint8))
+    pictures = {**given.pictures, "uniform": large}
+    page = parsed(render_report(replace(given, pictures=pictures)))
+    assert len(page.with_class("img", "small")) == len(list(page.with_tag("img"))) - 2  # its differences likewise
+
+
+def test_differences_can_be_hidden_without_a_script(text: str, page: Page) -> None:
+    (box,) = [attributes for attributes in page.with_tag("input") if attributes.get("type") == "checkbox"]
+    assert "checked" in box
+    assert [label["for"] for label in page.with_tag("label")] == [box["id"]]
+    assert f"#{box['id']}:not(:checked) ~ .images .difference" in text
+
+
+def test_the_page_draws_the_rhythm_of_every_schedule_that_was_found(page: Page) -> None:
+    scores = [attributes["aria-label"] for attributes in page.with_class("div", "score")]
+    assert scores == [RHYTHMS[name] for name in sorted(ERRORS, key=lambda name: ERRORS[name])]
+    assert "3 × reuse, 2 × full, 1 × selected tokens" in page.text.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )  # the most frequent comes first
+    legend = page.text[page.text.index("The rhythm") : page.text.index("One note")]
+    assert [word for word in ("full", "masked", "selected", "reuse", "order 1") if word not in legend] == []
+    assert "order 2" not in legend
+
+
+def test_every_note_has_a_symbol(page: Page) -> None:
+    assert {note_id(letter) for letter in NOTES} <= {found["id"] for found in page.with_tag("g") if "id" in found}
+
+
+def test_a_schedule_that_two_strategies_found_is_drawn_once(given: ReportInput) -> None:
+    twin = point("toca", key=KEYS["uniform"], rhythm=RHYTHMS["uniform"], error=ERRORS["uniform"])
+    page = parsed(render_report(replace(given, record=record(*points_of(), twin))))
+    assert len(page.with_class("div", "score")) == len(ERRORS)
+    assert "The same schedule as uniform (FORA)." in page.text
+    assert page.row("ToCa")[0] == "ToCa as named the same schedule as uniform (FORA)"
+    assert page.row("ToCa")[2] == "1.00× the same"
 
 
 @pytest.mark.parametrize(
-    ("name", "milliseconds", "speedup"),
-    [  # conditioning 2 ms for 6 steps, decoder 4, full 10, tokens 3, reuse 1; two images at once
-        ("uncached", "33.0", "1.00×"),  # (2 + 4 + 60) / 2
-        ("ProCache as named", "16.0", "2.06×"),  # (2 + 4 + 20 + 3 + 3) / 2
-        ("uniform period (FORA) as named", "15.0", "2.20×"),  # (2 + 4 + 20 + 4) / 2
-        ("fewer steps as named", "12.3", "2.68×"),  # (2·2/6 + 4 + 20) / 2
+    ("name", "cells"),
+    [
+        ("uncached", ["0", "–", "–", "–", "6", "60.00 41.50", "1.00×", "–", "1.0000"]),
+        ("TaylorSeer", ["0.0100 0.00900–0.0110", "0.20× better", "0.19×", "0.0150", "3", "30.00 41.50", "2.00×"]),
+        ("uniform (FORA)", ["0.0500 0.0450–0.0550", "1.00×", "0.95×", "0.0750", "3", "30.00 41.50", "2.00×"]),
+        ("ProCache", ["0.0525 0.0473–0.0578", "1.05× not told apart", "1.00×", "0.0788", "2", "30.00 41.50", "2.00×"]),
+        ("Learning-to-Cache", ["0.0800 0.0720–0.0880", "1.60× worse", "1.52×", "0.120", "2", "30.00 41.50", "2.00×"]),
+        ("fewer steps", ["0.200 0.180–0.220", "4.00× worse", "3.81×", "0.300", "3 of 3", "30.00 41.50", "2.00×"]),
     ],
 )
-def test_the_table_holds_the_schedule_both_baselines_and_the_uncached_run(
-    given: ReportInput, name: str, milliseconds: str, speedup: str
-) -> None:
-    row = _parsed(render_report(given)).row(name)
-    assert row[2:4] == [milliseconds, speedup]
-    assert row[-1] == "41.5"  # GFLOP
+def test_the_table_holds_every_strategy_and_the_uncached_run(page: Page, name: str, cells: list[str]) -> None:
+    row = page.row(name)
+    assert row[1 : 1 + len(cells)] == cells
 
 
-def test_the_table_shows_the_figures_of_held_out_images(given: ReportInput) -> None:
-    page = _parsed(render_report(given))
-    assert page.row("ProCache as named")[1:] == ["2", "16.0", "2.06×", "0.0123", "31.3", "0.9876", "41.5"]
-    assert page.row("uncached")[5] == "–"  # its PSNR against itself says nothing
-    assert [row[0] for row in page.rows].count("ProCache as named") == 1
+def test_rows_are_grouped_by_budget_and_ordered_by_error(given: ReportInput) -> None:
+    points = [*points_of(), *points_of(budget="2.5×", cost=20.0)]
+    page = parsed(render_report(replace(given, record=record(*points))))
+    names = [row[0].partition(" as named")[0] for row in page.table]
+    ordered = ["TaylorSeer", "uniform (FORA)", "ProCache", "Learning-to-Cache", "fewer steps"]
+    first = [f"Budget of {BUDGET}: at most 31.00 ms per image", *ordered]
+    second = ["Budget of 2.5×: at most 31.00 ms per image", *ordered]
+    assert names[:14] == ["schedule", "uncached", *first, *second]
+    assert len(list(page.with_tag("details"))) == 1  # the rhythms of the second budget
 
 
 def test_only_the_schedule_that_was_found_is_marked(given: ReportInput) -> None:
-    page = _parsed(render_report(given))
-    marked = [i for i, attributes in enumerate(page.with_tag("tr")) if attributes.get("class") == "chosen"]
-    assert [page.rows[i][0] for i in marked] == ["ProCache as named"]
+    points = [*points_of(), *points_of(budget="2.5×", cost=20.0)]
+    page = parsed(render_report(replace(given, record=record(*points))))
+    marked = [i for i, row in enumerate(page.with_tag("tr")) if "chosen" in (row.get("class") or "")]
+    assert [page.table[i][0] for i in marked] == ["TaylorSeer as named chosen", "TaylorSeer"]  # and as it was measured
+    assert len(page.with_class("div", "chosen")) == 2  # its rhythm, and its images
 
 
-def test_the_figures_of_a_judge_are_shown_where_there_is_one(given: ReportInput) -> None:
-    headings = _parsed(render_report(given)).rows[0]
-    assert not {"agreement", "Fréchet"} & set(headings)
-    judged = [replace(point, quality={**point.quality, "agreement": 0.95}) for point in given.record.points]
-    judged[3] = replace(judged[3], quality={**judged[3].quality, "frechet": 12.345})
-    page = _parsed(render_report(replace(given, record=replace(given.record, points=tuple(judged)))))
-    assert page.rows[0][7:9] == ["agreement", "Fréchet"]
-    assert page.row("ProCache as named")[7:9] == ["95.0%", "12.35"]
-    assert page.row("uniform period (FORA) as named")[7:9] == ["95.0%", "–"]
+def test_strategies_that_are_worse_than_even_spacing_are_marked(page: Page) -> None:
+    worse = [i for i, row in enumerate(page.with_tag("tr")) if "worse" in (row.get("class") or "")]
+    assert [page.table[i][0] for i in worse] == ["Learning-to-Cache as named", "fewer steps as named"]
+
+
+def test_strategies_that_found_nothing_stand_in_the_table_with_their_reason(given: ReportInput) -> None:
+    failures = {BUDGET: {"toca": "no interval keeps to <3 full>"}}
+    page = parsed(render_report(replace(given, record=record(*points_of(), failures=failures))))
+    assert page.row("ToCa") == ["ToCa found nothing", "no interval keeps to <3 full>"]
+    assert "#marker-toca" in {attributes.get("href") for attributes in page.with_tag("use")}
+
+
+def test_the_findings_say_which_ideas_paid(page: Page) -> None:
+    for said in ("Forecasts pay: at best 0.0100", "Masks do not pay", "Selective tokens do not pay"):
+        assert said in page.text
+
+
+def test_the_figures_of_a_judge_are_shown_where_there_is_one(given: ReportInput, page: Page) -> None:
+    assert not {"agreement", "Fréchet"} & set(page.table[0])
+    judged = [replace(p, quality={**p.quality, "agreement": 0.95}) for p in points_of()]
+    judged = [replace(p, intervals={**p.intervals, "agreement": (0.93, 0.97)}) for p in judged]
+    judged += [point("toca", rhythm="FSSFSS", error=0.4, quality={**FIGURES, "frechet": 12.345})]
+    page = parsed(render_report(replace(given, record=record(*judged))))
+    assert page.table[0][-4:] == ["PSNR dB", "SSIM", "agreement", "Fréchet"]
+    assert page.row("ProCache")[-4:] == ["31.3", "0.9876", "95.0% 93.0–97.0%", "–"]
+    assert page.row("ToCa")[-2:] == ["–", "12.35"]
     assert "it is not FID" in page.text
+    assert "as asked, by the judge" in page.text
 
 
-def test_a_schedule_with_a_forward_that_was_not_measured_has_no_latency(given: ReportInput) -> None:
-    points = (*given.record.points, replace(_point("by_hand", rhythm="FDCFDC")))
-    page = _parsed(render_report(replace(given, record=replace(given.record, points=points))))
-    assert page.row("by_hand as named")[2:4] == ["–", "–"]
+@pytest.mark.parametrize(
+    ("costs", "heading", "said"),
+    [
+        (
+            CostSource("ms", "A Processor, batch 2", ("masked",)),
+            "cost, ms GFLOP",
+            "measured: A Processor, batch 2. Not",
+        ),
+        (CostSource("GFLOP", "", ()), "cost, GFLOP", "nothing was measured for this search"),
+    ],
+)
+def test_costs_have_their_unit_and_say_where_they_come_from(
+    given: ReportInput, costs: CostSource, heading: str, said: str
+) -> None:
+    page = parsed(render_report(replace(given, record=record(*points_of(), costs=costs))))
+    assert page.table[0][6] == heading
+    assert said in page.text
+    assert page.row("uncached")[6] == ("60.00 41.50" if costs.unit == "ms" else "60.00")
 
 
-def test_the_measurement_is_shown_with_the_machine_that_made_it(given: ReportInput) -> None:
-    page = _parsed(render_report(given))
+def test_both_plots_are_drawn_for_a_laptop_and_for_a_phone(page: Page) -> None:
+    assert len(page.with_class("div", "wide")) == len(page.with_class("div", "narrow")) == 2
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    for strategy in ERRORS:
+        drawn = "end" if strategy == "fewer_steps" else "path"
+        assert {f"path-{sheet}-{drawn}-{strategy}" for sheet in ("wide", "narrow")} <= ids
+        assert {f"pareto-{sheet}-tried-{strategy}" for sheet in ("wide", "narrow")} <= ids
+
+
+def test_every_table_scrolls_by_itself(page: Page) -> None:
+    assert len(page.with_class("div", "scroll")) == len(list(page.with_tag("table"))) + 1  # and the images
+
+
+def test_names_of_another_make_are_text_and_no_markup(given: ReportInput) -> None:
+    evil = '<script>"&'
+    strange = point("by_hand", name=evil, rhythm="FCFCFC", error=0.3)
+    made = record(*points_of(), strange, model="tiny", failures={BUDGET: {evil: evil}})
+    page = parsed(render_report(replace(given, record=made, prompts=[evil])))
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert page.row("by_hand")[0] == f"by_hand {evil}"
+    assert page.text.count(evil) >= 4
+
+
+def test_the_measurement_is_shown_with_the_machine_that_made_it(page: Page) -> None:
     assert "A Processor, 16 cores, Python 3.11.0; batch 2" in page.text
-    assert page.row("full") == ["full", "10.000", "9.000", "11.000", "100.0%"]
-    assert page.row("tokens") == ["tokens", "3.000", "2.700", "3.300", "30.0%"]
-    assert ["ProCache", "60.0", "54.0", "66.0", "1.25×", "1.5%"] in page.rows
+    assert ["full", "10.000", "9.000", "11.000", "100.0%", "full"] in page.table
+    assert ["tokens", "3.000", "2.700", "3.300", "30.0%", "tokens"] in page.table
+    assert ["vae_decoder", "4.000", "3.600", "4.400", "40.0%", "vae_decoder"] in page.table
+    # two images a request; cost and the speed-up that it promises are those of the record
+    assert ["ProCache", "30.0", "1.25×", "60.0", "54.0", "66.0", "1.5%", "30.00 ms", "2.00×"] in page.table
+    assert "the chosen schedule should be 2.00× faster; end to end it is 1.25×" in page.text
     assert "hemiola search tiny" in page.text
     assert "revision abcdef012345" in page.text
 
 
-@pytest.mark.parametrize(
-    ("rhythm", "milliseconds"),
-    [
-        ("FFFFFF", 33.0),
-        ("FCCCCC", 10.5),  # (2 + 4 + 10 + 5) / 2
-        ("FSSSSS", 15.5),  # (2 + 4 + 10 + 15) / 2
-        ("F" * 12, 64.0),  # (4 + 4 + 120) / 2: twice the steps, twice the conditioning
-        ("FD", None),
-    ],
-)
-def test_a_latency_is_the_sum_of_its_forwards(given: ReportInput, rhythm: str, milliseconds: float | None) -> None:
-    latency = LatencyModel(given.measured, BATCH_SIZE, num_steps=6).latency(rhythm)
-    assert latency is None if milliseconds is None else latency == pytest.approx(milliseconds)
+def test_a_forward_of_two_engines_is_as_long_as_both(given: ReportInput) -> None:
+    engines = dict(given.manifest.engines)
+    engines |= {name: replace(engines["full"], graph=replace(engines["full"].graph, name=name)) for name in CHAIN}
+    forwards = {**given.manifest.forwards, "full": CHAIN}
+    spreads = {"front": spread(6.0), "deep": spread(5.0)}
+    kept = {"conditioning", "reuse", "vae_decoder"}
+    measured = {
+        name: replace(row, engines={**{key: row.engines[key] for key in kept & set(row.engines)}, **spreads})
+        for name, row in given.measured.items()
+    }
+    manifest = replace(given.manifest, engines=engines, forwards=forwards)
+    page = parsed(render_report(replace(given, manifest=manifest, measured=measured)))
+    assert ["full", "11.000", "9.900", "12.100", "100.0%", "front + deep"] in page.table
+    assert ["reuse", "1.000", "0.900", "1.100", "9.1%", "reuse"] in page.table
+
+
+def test_the_schedule_that_was_chosen_is_found_by_what_it_computes(given: ReportInput) -> None:
+    renamed = {"mine": SCHEDULES["taylorseer"], "full": SCHEDULES["full"]}
+    assert chosen_schedule(given.record, given.manifest, renamed) == "mine"
+    assert len(set(KEYS.values())) == len(KEYS)
+
+
+@pytest.mark.parametrize("changed", [{"model": "other"}, {"chosen": KEYS["full"]}])
+def test_a_record_of_another_search_is_refused(given: ReportInput, changed: dict[str, str]) -> None:
+    schedules = {name: SCHEDULES[name] for name in ("taylorseer", "uniform")}
+    uncached_chosen = point("fewer_steps", key=KEYS["full"], rhythm="FFFFFF", error=0.5)
+    made = replace(record(*points_of(), uncached_chosen), **changed)  # type: ignore[arg-type]
+    with pytest.raises(SearchError, match=r"Give the search\.json beside the schedule that was exported") as caught:
+        chosen_schedule(made, given.manifest, schedules)
+    assert "the bundle is of tiny and runs taylorseer, uniform" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -329,17 +267,3 @@ def test_a_difference_is_drawn_four_times_enlarged_around_grey(drawn: int, refer
     assert difference.dtype == np.uint8
     assert difference.shape == (2, 3, 4, 1)
     assert set(difference.flat) == {grey}
-
-
-def test_the_plot_names_every_strategy_and_is_the_same_every_time() -> None:
-    points = [
-        ParetoPoint("procache", 16.0, 0.01, is_chosen=True, is_minor=False),
-        ParetoPoint("procache", 17.0, 0.02, is_chosen=False, is_minor=True),
-        ParetoPoint("uniform", 15.0, 0.05, is_chosen=False, is_minor=False),
-        ParetoPoint("by_hand", 12.0, 0.2, is_chosen=False, is_minor=False),
-    ]
-    text = pareto_plot(points)
-    assert text.startswith("<svg")
-    for name in ("ProCache", "ProCache, all candidates", "uniform period (FORA)", "by_hand"):
-        assert f">{name}</text>" in text
-    assert pareto_plot(points) == text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import pytest
@@ -14,6 +15,7 @@ from hemiola_search.rhythms import (
     Constraints,
     default_v_max,
     monotone_rhythms,
+    sampled,
     steps_from_segments,
     with_selective_steps,
 )
@@ -148,8 +150,8 @@ def test_constraints_that_mean_nothing_are_refused_with_their_values(space: Cons
 def test_procaches_released_rhythm_comes_out_of_its_segments() -> None:
     steps = with_selective_steps(steps_from_segments(RELEASED_SEGMENTS), tokens(38))
     assert _letters(steps) == RELEASED_RHYTHM
-    counts = {forward: sum(step.forward is forward for step in steps) for forward in Forward}
-    assert counts == {Forward.FULL: 17, Forward.REUSE: 23, Forward.TOKENS: 10, Forward.DEEP: 0}
+    counts = Counter(step.forward for step in steps)
+    assert counts == {Forward.FULL: 17, Forward.REUSE: 23, Forward.TOKENS: 10}
     assert {step.tokens for step in steps if step.forward is Forward.TOKENS} == {38}
 
 
@@ -208,3 +210,19 @@ def test_the_longest_reuse_is_the_mean_segment_rounded_up(num_steps: int, budget
 def test_the_default_space_is_never_empty(budget: int, more: int) -> None:
     num_steps = budget + more
     assert _can_be_met(Constraints(num_steps, budget, 0, default_v_max(num_steps, budget)))
+
+
+@given(size=st.integers(0, 50), most=st.integers(2, 20))
+@examples(60)
+def test_a_sample_is_as_large_as_it_may_be_and_holds_both_ends(size: int, most: int) -> None:
+    space = list(range(size))
+    found = sampled(space, most)
+    assert len(found) == min(size, most)
+    assert found == sorted(set(found))
+    assert [*found[:1], *found[-1:]] == [*space[:1], *space[-1:]]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(found)]
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1
+
+
+def test_a_sample_of_one_is_the_first() -> None:
+    assert sampled([7, 8, 9], 1) == [7]

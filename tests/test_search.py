@@ -1,231 +1,233 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
 import diffusers
-import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
 from hemiola_export.errors import ExportError, UnsupportedSolverError
-from hemiola_export.model import Model, load_model
-from hemiola_runtime.codec import write_json
-from hemiola_runtime.noise import noise_from_seeds
-from hemiola_runtime.schedule import Forward, TokenSelector, read_schedule, write_schedule
-from hemiola_search import tasks
+from hemiola_export.model import Model
+from hemiola_runtime.schedule import Forward
+from hemiola_search.budget import Budget, budget_from_text
 from hemiola_search.errors import SearchError
-from hemiola_search.evaluator import Evaluator
-from hemiola_search.judge import Judge
-from hemiola_search.problem import Candidate, Problem, SearchOptions
-from hemiola_search.record import Point, SearchRecord, read_record
-from hemiola_search.rhythms import Constraints, monotone_rhythms
-from hemiola_search.search import HELD_OUT_SEED, Found, find_schedule, problem_for, unmeasured_schedule
-from hemiola_search.tasks import Subjects, draw_task
-from models import TEXT_TOKENS, save_tiny_model, save_tiny_text_model, tiny_dit, tiny_pixart
+from hemiola_search.laboratory import Laboratory
+from hemiola_search.problem import Problem
+from hemiola_search.published import unmeasured_schedule
+from hemiola_search.record import Point, SearchRecord
+from hemiola_search.search import BASELINES, Found, find_schedule
+from hemiola_search.store import Store
+from hemiola_search.strategies import STRATEGIES
+from hemiola_search.targets import target_from_text
+from hemiola_search.tasks import Subjects
+from labs import OPTIONS, load_tiny, load_tiny_text, tiny_problem
+from models import TEXT_TOKENS
 
-NUM_STEPS = 6
-OPTIONS = SearchOptions(
-    budget=2,
-    v_min=0,
-    v_max=4,
-    selective="tokens",
-    token_ratio=0.25,
-    deep_ratio=0.5,
-    selector=TokenSelector("value_norm", 0.0625, 0.6, 2, 0),
-    guidance_scale=3.0,
-    num_images=2,
-    num_held_out=3,
-    seed=5,
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: more only wait for one another on a model as small as this."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+SUBJECTS: Final = Subjects(("a red circle", "a blue square", "a green triangle", "above", "left of red"))
+BUDGETS: Final = ("2", "2.2x")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A random DiT of pixels: 2 blocks, images of 8 × 8."""
-    transformer = tiny_dit(0, num_blocks=2, channels=1, has_learned_sigma=False)
-    folder = tmp_path_factory.mktemp("search") / "model"
-    return load_model(str(save_tiny_model(folder, transformer=transformer, has_vae=False)))
+    return load_tiny(tmp_path_factory.mktemp("search") / "model")
 
 
-def _problem(
+def search(
     model: Model,
-    scheduler: Any | None = None,
-    guidance: Literal["classifier_free", "none"] = "classifier_free",
-    **options: Any,
-) -> Problem:
-    return problem_for(model, scheduler or model.scheduler, NUM_STEPS, replace(OPTIONS, **options), guidance)
+    problem: Problem,
+    strategies: tuple[str, ...] = ("procache",),
+    budgets: tuple[str, ...] = ("2",),
+    target: str | None = None,
+    **laboratory: Any,
+) -> Found:
+    with Store(None) as store:
+        given: dict[str, Any] = {"subjects": SUBJECTS, "judge": None, "store": store} | laboratory
+        return find_schedule(
+            Laboratory(model, problem, **given),
+            strategies,
+            [budget_from_text(budget) for budget in budgets],
+            None if target is None else target_from_text(target),
+        )
 
 
 @pytest.fixture(scope="module")
 def found(model: Model) -> Found:
-    return find_schedule(model, _problem(model), "procache", None)
+    """What all strategies find for two budgets."""
+    return search(model, tiny_problem(model), tuple(STRATEGIES), BUDGETS)
 
 
-def _points(record: SearchRecord, images: str) -> list[Point]:
-    return [point for point in record.points if point.images == images]
+def _points(record: SearchRecord, images: str, budget: str = "2 full") -> list[Point]:
+    return [point for point in record.points if point.images == images and point.budget == budget]
+
+
+# the schedule
 
 
 def test_the_same_seed_finds_the_same_schedule_with_the_same_figures(model: Model, found: Found) -> None:
-    again = find_schedule(model, _problem(model), "procache", None)
+    again = search(model, tiny_problem(model), tuple(STRATEGIES), BUDGETS)
     assert again.schedule == found.schedule
     assert again.baselines == found.baselines
     assert again.record == found.record
 
 
-def test_another_seed_draws_other_images(model: Model, found: Found) -> None:
-    other = find_schedule(model, _problem(model, seed=6), "procache", None)
-    assert other.schedule.found_by.seed == 6
-    assert other.schedule.measured["relative_l2"] != found.schedule.measured["relative_l2"]
+def test_another_seed_draws_other_images(model: Model) -> None:
+    one, other = (search(model, tiny_problem(model, seed=seed), ("uniform",)) for seed in (5, 6))
+    assert (one.schedule.found_by.seed, other.schedule.found_by.seed) == (5, 6)
+    assert one.schedule.rhythm == other.schedule.rhythm
+    assert one.schedule.measured["relative_l2"] != other.schedule.measured["relative_l2"]
 
 
-def test_what_was_found_reads_back_from_its_files(found: Found, tmp_path: Path) -> None:
-    write_json(found.record, tmp_path / "search.json")
-    assert read_record(tmp_path / "search.json") == found.record
-    for name, schedule in {"best": found.schedule, **found.baselines}.items():
-        write_schedule(schedule, tmp_path / f"{name}.json")
-        assert read_schedule(tmp_path / f"{name}.json") == schedule
-    assert sorted(found.baselines) == ["fewer_steps", "uniform"]
-
-
-def test_the_schedule_is_bound_to_what_it_was_searched_for(model: Model, found: Found) -> None:
-    schedule = found.schedule
+def test_the_schedule_is_bound_to_what_it_was_searched_for(model: Model) -> None:
+    schedule = search(model, tiny_problem(model), ("toca",), ("1.5x",)).schedule
     assert schedule.model == model.identity
     assert schedule.scheduler.label == "DDIM-6"
     assert schedule.guidance == "classifier_free"
-    assert (schedule.deep_start, schedule.selector) == (1, OPTIONS.selector)  # half of 2 blocks is deep
-    assert {step.tokens for step in schedule.steps if step.forward is Forward.TOKENS} == {4}  # a quarter of 16
-    assert (schedule.found_by.strategy, schedule.found_by.seed) == ("procache", 5)
-    assert schedule.num_full == OPTIONS.budget
+    assert schedule.deep_start == 0
+    assert schedule.selector is not None
+    assert (schedule.found_by.strategy, schedule.found_by.seed) == ("toca", 5)
+    arguments = schedule.found_by.arguments
+    assert (arguments["budget"], arguments["guidance_scale"], arguments["num_images"]) == ("1.5×", 3.0, 2)
+    assert arguments["name"].startswith("N = ")
 
 
-def test_the_best_plain_rhythm_is_chosen_and_given_selective_steps(found: Found) -> None:
+def test_what_was_found_is_the_best_of_all_strategies_on_the_images_of_the_search(found: Found) -> None:
     searched = _points(found.record, "searched")
-    assert len(searched) == len(monotone_rhythms(Constraints(6, 2, 0, 4))) + 1 == 4  # 5-1, 4-2, 3-3 and the injected
-    plain = [point for point in searched if "S" not in point.rhythm]
-    best = min(plain, key=lambda point: point.quality["relative_l2"])
-    assert found.record.chosen == found.schedule.rhythm == searched[-1].rhythm
-    assert searched[-1].name == f"{best.name} selective"
-    assert found.schedule.rhythm.replace("S", "C") == best.rhythm
+    assert {point.strategy for point in searched} == set(STRATEGIES) - set(found.record.failures["2 full"])
+    fitting = [point for point in searched if point.cost <= found.record.limits["2 full"] * (1 + 1e-9)]
+    (chosen, *_) = [point for point in fitting if point.key == found.record.chosen]
+    assert chosen.rhythm == found.schedule.rhythm
+    # means of two images order schedules nearly as geometric means do
+    assert chosen.quality["relative_l2"] <= 1.5 * min(point.quality["relative_l2"] for point in fitting)
 
 
-@pytest.mark.parametrize("strategy", ["procache", "uniform", "fewer_steps"])
-def test_the_record_holds_the_uncached_run_and_both_baselines(model: Model, strategy: str) -> None:
-    record = find_schedule(model, _problem(model), strategy, None).record
-    held_out = _points(record, "held_out")
-    assert {point.strategy for point in held_out} == {"full", "uniform", "fewer_steps", strategy}
-    assert held_out[0].strategy == "full"
-    assert held_out[0].rhythm == "FFFFFF"
-    assert held_out[0].quality == {"relative_l2": 0.0, "psnr": 100.0, "ssim": pytest.approx(1.0)}
-    at_budget = {point.strategy for point in held_out if point.rhythm.count("F") == OPTIONS.budget}
-    assert at_budget >= {"uniform", "fewer_steps", strategy}
+def test_no_schedule_costs_more_than_its_budget(found: Found) -> None:
+    for budget, limit in found.record.limits.items():
+        of_budget = [point for point in found.record.points if point.budget == budget]
+        assert {point.strategy for point in of_budget} == set(STRATEGIES) - found.record.failures[budget].keys()
+        assert all(point.cost <= limit * (1 + 1e-9) for point in of_budget)
+        assert all(point.rhythm.startswith("F") for point in of_budget)
 
 
-def test_the_record_holds_the_baselines_at_other_budgets_too(found: Found) -> None:
-    held_out = _points(found.record, "held_out")
-    uniform = [point.rhythm.count("F") for point in held_out if point.strategy == "uniform"]
-    # shares 0.2, 0.26 and 0.5 of 6 steps are 1, 2 and 3 full steps; 2 are the budget, which comes first
-    assert uniform == [2, 1, 3]
-    assert [point.rhythm for point in held_out if point.strategy == "fewer_steps"] == ["FF", "F", "FFF"]
+def test_the_schedule_is_for_the_first_budget(model: Model, found: Found) -> None:
+    assert list(found.record.limits) == ["2 full", "2.2×"]
+    assert found.schedule.found_by.arguments["budget"] == "2 full"
+    assert found.schedule.measured["gflop"] <= found.record.limits["2 full"] * (1 + 1e-9)
+    turned = search(model, tiny_problem(model), ("uniform",), BUDGETS[::-1])
+    assert list(turned.record.limits) == ["2.2×", "2 full"]
+    assert turned.schedule.found_by.arguments["budget"] == "2.2×"
+
+
+def test_a_budget_that_is_given_twice_is_searched_once(model: Model) -> None:
+    found = search(model, tiny_problem(model), ("uniform",), ("2", "2", "3"))
+    assert list(found.record.limits) == ["2 full", "3 full"]
+
+
+@pytest.mark.parametrize("asked", [("uniform",), ("procache",), ("fewer_steps",), ("magcache", "smoothcache")])
+def test_what_was_found_is_of_a_strategy_that_was_asked_for(model: Model, asked: tuple[str, ...]) -> None:
+    found = search(model, tiny_problem(model, selective="none"), asked, ("3",))
+    assert found.schedule.found_by.strategy in asked
+    assert {point.strategy for point in _points(found.record, "held_out", "3 full")} == {*asked, *BASELINES}
+
+
+def test_baselines_are_those_schedules_that_were_not_chosen(found: Found, model: Model) -> None:
+    keys = {point.strategy: point.key for point in _points(found.record, "held_out")}
+    assert set(found.baselines) == {name for name in BASELINES if keys[name] != found.record.chosen}
+    assert all(schedule.found_by.strategy == name for name, schedule in found.baselines.items())
+    same = search(model, tiny_problem(model, selective="none", v_max=2), ("uniform",), ("2",))
+    assert same.schedule.rhythm == "FCCFCC"  # all that ProCache has with v_max 2 too
+    assert set(same.baselines) == {"fewer_steps"}
+
+
+def test_a_baseline_that_the_sampler_cannot_do_is_left_out(model: Model) -> None:
+    # PNDM's first three steps take 4 evaluations each, so no number of steps takes 3 or fewer: 6 steps take 15
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=False)
+    found = search(model, tiny_problem(model, scheduler=scheduler, v_max=6), ("uniform",), ("3",))
+    assert len(found.schedule.steps) == 15
+    assert "fewer_steps" not in found.baselines
+    assert "fewer_steps" in found.record.failures["3 full"]
+
+
+def test_strategies_that_found_nothing_say_why(model: Model) -> None:
+    found = search(model, tiny_problem(model), tuple(STRATEGIES), ("1",))
+    failures = found.record.failures["1 full"]
+    assert {"toca", "taylorseer"} <= failures.keys()
+    assert all("1 full" in reason for reason in failures.values())
+    assert found.schedule.num_full == 1
+
+
+def test_where_no_strategy_that_was_asked_for_finds_anything_the_reasons_are_told(model: Model) -> None:
+    with pytest.raises(SearchError, match=r"taylorseer: no such schedule keeps to 1 full.*"):
+        search(model, tiny_problem(model), ("taylorseer",), ("1",))
+
+
+# the record
+
+
+def test_the_record_holds_the_uncached_run(found: Found) -> None:
+    (uncached,) = [point for point in found.record.points if point.strategy == "full"]
+    assert (uncached.images, uncached.budget, uncached.rhythm, uncached.path) == ("held_out", "", "FFFFFF", ())
+    assert uncached.quality == {"relative_l2": 0.0, "psnr": 100.0, "ssim": pytest.approx(1.0)}
+    assert uncached.intervals["relative_l2"] == (0.0, 0.0)
+
+
+def test_the_record_holds_the_best_of_every_strategy_on_held_out_images(found: Found) -> None:
+    for budget in found.record.limits:
+        searched, held_out = (_points(found.record, images, budget) for images in ("searched", "held_out"))
+        assert len({point.strategy for point in held_out}) == len(held_out)
+        for point in held_out:
+            best = next(other for other in searched if other.key == point.key and other.strategy == point.strategy)
+            assert best.rhythm == point.rhythm
+            assert best.cost == point.cost
+            low, high = point.intervals["relative_l2"]
+            assert low <= point.quality["relative_l2"] <= high
+            if point.num_steps == 6:
+                assert len(point.path) == 6
+                assert point.path[-1] == pytest.approx(point.quality["relative_l2"])
+                assert point.path[0] < 1e-6  # the first step is full
+            else:
+                assert point.path == ()
+        assert all(not point.intervals and not point.path for point in searched)
 
 
 def test_figures_of_the_schedules_are_those_of_held_out_images(found: Found) -> None:
-    held_out = {(point.strategy, point.rhythm): point for point in _points(found.record, "held_out")}
+    held_out = {point.strategy: point for point in _points(found.record, "held_out")}
     for schedule in (found.schedule, *found.baselines.values()):
-        point = held_out[schedule.found_by.strategy, schedule.rhythm]
-        assert schedule.measured == {**point.quality, "tera_flops_per_image": point.tera_flops}
+        point = held_out[schedule.found_by.strategy]
+        assert schedule.measured == {**point.quality, "gflop": pytest.approx(point.cost)}
+        assert point.tera_flops == pytest.approx(point.cost / 1e3)
     assert (found.record.num_images, found.record.num_held_out) == (2, 3)
+    assert (found.record.costs.unit, found.record.costs.estimated) == ("GFLOP", ())
 
 
-def test_held_out_images_are_none_of_those_that_were_searched_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[list[int]] = []
-
-    def recorded(seeds: Sequence[int], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-        drawn.append(list(seeds))
-        return noise_from_seeds(seeds, shape)
-
-    monkeypatch.setattr(tasks, "noise_from_seeds", recorded)
-    find_schedule(model, _problem(model), "uniform", None)
-    searched, held_out = drawn
-    assert searched == [5, 6]
-    assert len(set(held_out)) == 3
-    assert not set(searched) & set(held_out)
-
-
-def test_computing_everything_at_every_step_has_no_error(model: Model) -> None:
-    problem = _problem(model)
-    scorer = Evaluator(model, problem, draw_task(model, problem, Subjects(), 0, 2), None, lambda: None)
-    uncached = scorer.score_uncached()
-    assert uncached.quality["relative_l2"] == 0.0
-    again = scorer.score(Candidate("by_hand", "again", NUM_STEPS, uncached.candidate.steps))
-    assert again.quality == uncached.quality
-
-
-@pytest.mark.parametrize(
-    ("guidance", "rows"),
-    [("classifier_free", 2), ("none", 1)],
-)
-def test_guidance_decides_how_many_rows_an_image_has(
-    model: Model, guidance: Literal["classifier_free", "none"], rows: int
-) -> None:
-    schedule = find_schedule(model, _problem(model, guidance=guidance), "fewer_steps", None).schedule
+@pytest.mark.parametrize(("scale", "guidance", "rows"), [(3.0, "classifier_free", 2), (0.0, "none", 1)])
+def test_guidance_decides_how_many_rows_an_image_has(model: Model, scale: float, guidance: str, rows: int) -> None:
+    schedule = search(model, tiny_problem(model, guidance_scale=scale), ("fewer_steps",)).schedule
     assert schedule.guidance == guidance
     # 2 full steps of 2 blocks, D = 32, N = 16: 2·(24·16·32² + 4·16²·32 + 12·32²) = 876544 for one row
-    assert schedule.measured["tera_flops_per_image"] == pytest.approx(2 * rows * 876544 / 1e12)
+    assert schedule.measured["gflop"] == pytest.approx(2 * rows * 876544 / 1e9)
 
 
-class FakeJudge(Judge):
-    """Reads label 0 off every image; its features are the brightness of the four corners' pixels."""
-
-    def __init__(self) -> None:
-        pass
-
-    def look(self, images: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        corners = images[:, ::7, ::7, 0].reshape(len(images), 4)
-        return np.zeros(len(images), dtype=np.int64), corners.astype(np.float32)
-
-    def frechet(self, features: NDArray[np.floating]) -> float:
-        return float(len(features))
-
-
-@pytest.mark.parametrize(
-    ("held_out", "agreement", "has_frechet"),
-    [
-        (4, 1 / 4, False),  # labels 0, 1, 2, 3; as many images as features: their covariance has not full rank
-        (5, 1 / 5, True),
-        (12, 2 / 12, True),  # 0 and 10 are both of class 0
-    ],
-)
-def test_a_judge_is_asked_about_held_out_images_only(
-    model: Model, held_out: int, agreement: float, has_frechet: bool
-) -> None:
-    record = find_schedule(model, _problem(model, num_held_out=held_out), "uniform", FakeJudge()).record
-    assert all("agreement" not in point.quality for point in _points(record, "searched"))
-    for point in _points(record, "held_out"):
-        assert point.quality["agreement"] == pytest.approx(agreement)
-        assert point.quality.get("frechet") == (held_out if has_frechet else None)
+# progress
 
 
 def test_progress_is_told_for_every_step_and_stage(model: Model) -> None:
-    steps: list[None] = []
+    done: list[int] = []
+    left: list[int] = []
     stages: list[str] = []
-    find_schedule(model, _problem(model), "uniform", None, on_step=lambda: steps.append(None), on_stage=stages.append)
-    # 6 uncached and 6 of FORA; 6 uncached, FORA at 3 budgets, and fewer steps: 1, 2 and 3
-    assert len(steps) == 6 + 6 + 6 + 3 * 6 + (1 + 2 + 3)
-    assert [stages[0], stages[2]] == ["uncached run", "uncached run of held-out images"]
-    assert stages[1].startswith("uniform period")
+    told: dict[str, Any] = {"on_work": done.append, "on_left": left.append, "on_stage": stages.append}
+    search(model, tiny_problem(model, selective="none", v_max=2), ("uniform",), **told)
+    # on 2 images 6 uncached steps, 2 of fewer steps and 6 of FORA, which is all that ProCache has too; on 3 the same
+    assert sorted(done) == [2] * 14 + [3] * 14
+    assert left[0] > left[-1] > 0
+    assert stages == ["fewer_steps 2 steps", "uniform period 3", "fewer_steps 2 steps and 1 more", "full uncached"]
+
+
+# refusals
+
+
+def _nothing_runs(stage: str) -> None:
+    raise AssertionError(stage)
 
 
 @pytest.mark.parametrize(
@@ -239,46 +241,8 @@ def test_progress_is_told_for_every_step_and_stage(model: Model) -> None:
 def test_a_sampler_that_cannot_be_compiled_is_refused_before_anything_runs(
     model: Model, scheduler: Any, message: str
 ) -> None:
-    stages: list[str] = []
     with pytest.raises(UnsupportedSolverError, match=message):
-        find_schedule(model, _problem(model, scheduler), "procache", None, on_stage=stages.append)
-    assert stages == []
-
-
-def test_a_baseline_that_the_sampler_cannot_do_is_left_out(model: Model) -> None:
-    # PNDM's first three steps take 4 evaluations each, so no number of steps takes 3 or fewer: 6 steps take 15
-    scheduler = diffusers.PNDMScheduler(skip_prk_steps=False)
-    given = find_schedule(model, _problem(model, scheduler, budget=3, v_max=6), "uniform", None)
-    assert len(given.schedule.steps) == 15
-    assert "fewer_steps" not in given.baselines
-
-
-# models that draw prompts
-
-SUBJECTS = Subjects(("a red circle", "a blue square", "a green triangle"))
-
-
-@pytest.fixture(scope="module")
-def of_prompts(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A random PixArt of pixels: 2 blocks, images of 8 × 8."""
-    transformer = tiny_pixart(0, num_blocks=2, channels=3, has_learned_sigma=False)
-    folder = tmp_path_factory.mktemp("search") / "model"
-    return load_model(str(save_tiny_text_model(folder, transformer=transformer, has_vae=False)))
-
-
-def test_a_search_on_prompts_records_those_of_its_held_out_images(of_prompts: Model, tmp_path: Path) -> None:
-    chosen_by = replace(OPTIONS.selector, score="cross_attention_entropy")
-    problem = _problem(of_prompts, selector=chosen_by)
-    found = find_schedule(of_prompts, problem, "procache", None, subjects=SUBJECTS)
-    seed, skipped = OPTIONS.seed + HELD_OUT_SEED, OPTIONS.num_images
-    held_out = draw_task(of_prompts, problem, SUBJECTS, seed, OPTIONS.num_held_out, skipped=skipped)
-    assert found.record.prompts == held_out.prompts
-    assert set(held_out.prompts) <= set(SUBJECTS.prompts)
-    assert found.schedule.selector == chosen_by
-    assert found.schedule.model == of_prompts.identity
-    write_json(found.record, tmp_path / "search.json")
-    assert read_record(tmp_path / "search.json") == found.record
-    assert _points(found.record, "held_out")[0].quality["relative_l2"] == 0.0
+        search(model, tiny_problem(model, scheduler=scheduler), on_stage=_nothing_runs)
 
 
 @pytest.mark.parametrize(
@@ -288,68 +252,119 @@ def test_a_search_on_prompts_records_those_of_its_held_out_images(of_prompts: Mo
 def test_a_selector_that_cannot_rank_is_refused_before_anything_runs(
     model: Model, changes: dict[str, Any], said: str
 ) -> None:
-    problem = _problem(model, selector=replace(OPTIONS.selector, **changes))
+    problem = tiny_problem(model, selector=replace(OPTIONS.selector, **changes))
     with pytest.raises(ExportError, match=said):
-        find_schedule(model, problem, "procache", None, on_stage=_nothing_runs)
+        search(model, problem, on_stage=_nothing_runs)
 
 
-def _nothing_runs(stage: str) -> None:
-    raise AssertionError(stage)
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        (("7",), "a budget of 7 full steps, where a schedule has 1 to 6"),
+        (("2", "7"), "a budget of 7 full steps, where a schedule has 1 to 6"),
+        (("2", "9x"), "a budget of 9× is beyond caching"),
+        (("20ms",), "a budget in milliseconds needs measured costs"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused_before_anything_runs(
+    model: Model, budgets: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SearchError, match=message):
+        search(model, tiny_problem(model), budgets=budgets, on_stage=_nothing_runs)
+
+
+# targets
+
+
+def _on_searched(found: Found, budget: str) -> float:
+    """Return the relative L2 of what was found, on the images of the search."""
+    (point, *_) = [p for p in _points(found.record, "searched", budget) if p.key == found.record.chosen]
+    return point.quality["relative_l2"]
+
+
+@pytest.mark.parametrize("bound", [0.3, 0.1, 0.02])
+def test_a_target_gives_the_smallest_budget_that_keeps_to_it(model: Model, bound: float) -> None:
+    problem = tiny_problem(model)
+    found = search(model, problem, ("shortest_path",), (), f"relative_l2<={bound}")
+    (budget,) = found.record.limits
+    count = int(budget.split()[0])
+    assert found.schedule.found_by.arguments["budget"] == budget == f"{count} full"
+    assert _on_searched(found, budget) <= bound
+    fewer = search(model, problem, ("shortest_path",), (str(count - 1),)) if count > 1 else None
+    assert fewer is None or _on_searched(fewer, f"{count - 1} full") > bound
+
+
+def test_other_budgets_come_behind_that_of_a_target(model: Model) -> None:
+    found = search(model, tiny_problem(model), ("uniform",), ("5",), "psnr>=20")
+    assert list(found.record.limits)[1:] == ["5 full"]
+    assert found.schedule.found_by.arguments["budget"] == next(iter(found.record.limits))
+
+
+def test_a_target_that_only_the_uncached_run_meets_takes_all_steps(model: Model) -> None:
+    found = search(model, tiny_problem(model), ("uniform",), (), "relative_l2<=uncached")
+    assert found.schedule.rhythm == "FFFFFF"
+    assert list(found.record.limits) == ["6 full"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("psnr>=101", "the uncached run itself does not keep to psnr >= 101"),
+        ("agreement>=0.5", r"agreement cannot be a target: there is no judge.*--judge"),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused(model: Model, target: str, message: str) -> None:
+    with pytest.raises(SearchError, match=message):
+        search(model, tiny_problem(model), ("uniform",), (), target)
+
+
+# models that draw prompts
+
+
+@pytest.fixture(scope="module")
+def of_prompts(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_tiny_text(tmp_path_factory.mktemp("search") / "model")
+
+
+def test_all_strategies_search_on_prompts_too(of_prompts: Model) -> None:
+    chosen_by = replace(OPTIONS.selector, score="cross_attention_entropy")
+    problem = tiny_problem(of_prompts, selector=chosen_by)
+    found = search(of_prompts, problem, tuple(STRATEGIES), ("2.2x",))
+    assert len(found.record.prompts) == 3
+    assert set(found.record.prompts) <= set(SUBJECTS.prompts)
+    assert {point.strategy for point in _points(found.record, "held_out", "2.2×")} >= set(STRATEGIES) - {
+        *found.record.failures["2.2×"]
+    }
+    assert found.schedule.model == of_prompts.identity
+    assert math.isfinite(found.schedule.measured["relative_l2"])
 
 
 def test_a_search_on_labels_records_no_prompts(found: Found) -> None:
     assert found.record.prompts == ()
 
 
-@pytest.mark.parametrize(
-    ("answers", "agreement"),
-    [
-        ({"a red circle": 0, "a blue square": 1, "a green triangle": 2}, 1 / 3),  # `FakeJudge` reads 0 off all
-        ({"a red circle": 0, "a blue square": 1}, None),  # one of the three has no answer
-        ({}, None),
-    ],
-)
-def test_a_judge_agrees_only_where_the_answers_are_known(
-    of_prompts: Model, answers: dict[str, int], agreement: float | None
-) -> None:
-    subjects = Subjects(SUBJECTS.prompts, answers)
-    record = find_schedule(of_prompts, _problem(of_prompts), "uniform", FakeJudge(), subjects=subjects).record
-    for point in _points(record, "held_out"):
-        assert point.quality.get("agreement") == (None if agreement is None else pytest.approx(agreement))
-
-
 def test_without_prompts_nothing_is_searched(of_prompts: Model) -> None:
     with pytest.raises(SearchError, match="the model draws prompts; name a file"):
-        find_schedule(of_prompts, _problem(of_prompts), "procache", None)
+        search(of_prompts, tiny_problem(of_prompts), subjects=Subjects())
 
 
 def test_the_costs_of_a_model_of_prompts_count_cross_attention(of_prompts: Model) -> None:
-    flops = _problem(of_prompts).flops
-    assert flops.num_text_tokens == TEXT_TOKENS
+    assert tiny_problem(of_prompts).flops.num_text_tokens == TEXT_TOKENS
     # 2 blocks, D = 48, N = 16, S = 8: 2·(28·16·48² + 4·16²·48 + 4·16·8·48) = 2 211 840 for one row, and two rows
-    schedule = find_schedule(of_prompts, _problem(of_prompts), "fewer_steps", None, subjects=SUBJECTS).schedule
-    assert schedule.measured["tera_flops_per_image"] == pytest.approx(2 * 2 * 2211840 / 1e12)
+    schedule = search(of_prompts, tiny_problem(of_prompts), ("fewer_steps",)).schedule
+    assert schedule.measured["gflop"] == pytest.approx(2 * 2 * 2211840 / 1e9)
 
 
 def test_a_published_schedule_needs_no_prompts(of_prompts: Model) -> None:
-    problem = problem_for(of_prompts, of_prompts.scheduler, 20, replace(OPTIONS, budget=7, v_min=1, v_max=2), "none")
+    problem = tiny_problem(of_prompts, "7", num_steps=20, guidance_scale=0.0)
     schedule = unmeasured_schedule(of_prompts, problem)
     # METHODS §2.8, PixArt-α: 7 full, 7 reuse, 6 selective steps in segments 3 × 6, 2
     assert schedule.rhythm == "FCS" * 6 + "FC"
     assert schedule.scheduler.label == "DPMSolverMultistep-20"
+    assert list(schedule.measured) == ["gflop"]
+    assert {step.tokens for step in schedule.steps if step.forward is Forward.TOKENS} == {4}  # a quarter of 16
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "cannot read .*search.json: No such file.*`hemiola search` writes it"),
-        ("{", "search.json: not valid JSON.*`hemiola search` writes valid records"),
-        ('{"schema": 2}', "search.json: missing key 'model'"),
-    ],
-)
-def test_a_record_that_is_none_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
-    path = tmp_path / "search.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(SearchError, match=message):
-        read_record(path)
+def test_a_budget_of_the_problem_counts_where_nothing_else_was_asked_for(model: Model) -> None:
+    assert tiny_problem(model, "3").budget == Budget(3, "full")
+    assert tiny_problem(model, "3").max_full() == 3

@@ -15,8 +15,9 @@ from hemiola_export.conditioning import Conditioning, ForwardConfig
 from hemiola_export.errors import ExportError
 from hemiola_export.families import Family, open_transformer
 from hemiola_export.families.seams import GAIN, GATE, SHIFT, Side, vector_name
-from hemiola_export.forwards import Full, Tokens
+from hemiola_export.forwards import Full
 from hemiola_export.selection import check_selector, compute_and_score, random_scores, rank, scored_branch
+from hemiola_export.token_forward import Tokens
 from hemiola_runtime.program import tokens_by_square
 from hemiola_runtime.schedule import TokenSelector
 from models import NUM_TOKENS, tiny_dit, tiny_pixart

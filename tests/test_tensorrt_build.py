@@ -32,18 +32,20 @@ from hemiola_export import architectures
 from hemiola_export.architectures import PIXART_XL_2
 from hemiola_export.conditioning import Conditioning, ForwardConfig
 from hemiola_export.export import export_pipeline
-from hemiola_export.forwards import Deep, Front, Full, Reuse, Tokens
+from hemiola_export.forwards import FORWARDS as BY_FORWARD
+from hemiola_export.forwards import Deep, Front, Full, Reuse
 from hemiola_export.model import Model, load_model
 from hemiola_export.named_module import NamedModule
 from hemiola_export.onnx_graphs import export_graph
 from hemiola_export.sizes import Sizes
+from hemiola_export.token_forward import Tokens
 from hemiola_export.weight_file import WeightFile
 from hemiola_runtime.artifacts import sha256_of
 from hemiola_runtime.codec import encode
 from hemiola_runtime.graph_set import GraphSet
 from hemiola_runtime.graphs import WEIGHTS_FILE, GraphSpec, Precision, TensorSpec
 from hemiola_runtime.manifest import Profile
-from hemiola_runtime.schedule import Schedule
+from hemiola_runtime.schedule import Forward, Schedule
 from models import save_tiny_text_model, tiny_pixart
 
 pytest.importorskip("tensorrt_rtx")
@@ -261,6 +263,70 @@ def test_every_graph_builds_for_many_sizes_of_pictures(
     engine = build(graphs[name], folder, tmp_path / f"{name}.engine", *profiles)
     assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
     assert FUSED_ATTENTION in engine or name not in {"full", "front", "deep", "tokens"}
+
+
+# forecasts, masks and token counts of blocks
+
+FORECASTS: Final = ("reuse_1", "reuse_2", "tokens", "deep_1", "masked")
+OF_BLOCKS: Final = {f"K.mlp.{block}": (2, 16, 64) for block in (9, 10, 11)}
+
+
+@pytest.fixture(scope="module")
+def forecasting(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Graphs of the digits model that forecast, compute what a mask says, or count tokens of each block."""
+    family = load_model(str(DIGITS)).family.lowered(torch.bfloat16)
+    mask = tuple("".join(letters[i % 2] for i in range(len(family.blocks))) for letters in ("x.", ".x"))
+    config = ForwardConfig(
+        is_guided=True, state_rows=2, deep_start=9, selector=SELECTOR, mask=mask, has_block_counts=True
+    )
+    folder, graphs = tmp_path_factory.mktemp("forecasting"), {}
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        weights = WeightFile(file)
+        for name in FORECASTS:
+            forward, _, order = name.partition("_")
+            module = BY_FORWARD[Forward(forward)](family, config, int(order or 0))
+            graphs[name] = export_graph(
+                module, name=name, rows_per_image=2, activation_bytes_per_row=0, folder=folder, weights=weights
+            )
+    return folder, graphs
+
+
+@pytest.mark.parametrize("name", FORECASTS)
+def test_every_graph_that_forecasts_builds_without_a_warning(
+    forecasting: Exported, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, graphs = forecasting
+    profile = profile_of(graphs[name], SIDES | OF_BLOCKS)
+    assert (profile.sides.keys() >= OF_BLOCKS.keys()) is name.startswith("tokens")
+    engine = build(graphs[name], folder, tmp_path / f"{name}.engine", profile)
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+    assert (FUSED_ATTENTION in engine) is name.startswith(("deep", "masked"))
+
+
+@pytest.fixture(scope="module")
+def forecasting_of_sizes(tmp_path_factory: pytest.TempPathFactory) -> TextExport:
+    """As `of_sizes`, with counts for cross-attention and MLP of the deep block, forecasts and a mask."""
+    folder = tmp_path_factory.mktemp("forecasting_of_sizes")
+    save_tiny_text_model(folder / "model", transformer=tiny_pixart(num_blocks=2, num_heads=2, head_width=72))
+    model = load_model(str(folder / "model"))
+    schedule = schedule_from_rhythm(model, model.scheduler, "FF1sm", num_tokens=((3,), (9,)), deep_start=1)
+    sizes = Sizes((8, 8), (24, 24), 16)
+    made = export_pipeline(
+        model, {"forecasting": schedule}, folder / "graphs", precisions=["bf16"], sizes=sizes, has_reference=False
+    )
+    return TextExport(folder / "graphs", made, schedule)
+
+
+@pytest.mark.parametrize("name", ["full", "reuse_1", "tokens_1", "masked_1"])
+def test_every_graph_that_forecasts_builds_for_many_sizes_of_pictures(
+    forecasting_of_sizes: TextExport, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, graphs = forecasting_of_sizes.exported["bf16"]
+    profiles = forecasting_of_sizes.profiles(graphs[name])
+    counts = {"K", "K.cross.1", "K.mlp.1"} if name == "tokens_1" else set()
+    assert {symbol for profile in profiles for symbol in profile.sides} == {"B", "N"} | counts
+    build(graphs[name], folder, tmp_path / f"{name}.engine", *profiles)
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 def copies_of_block_weights(exported: Exported, name: str, *engines: bytes) -> set[int]:

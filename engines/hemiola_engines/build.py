@@ -123,7 +123,7 @@ def build_bundle(graphs: Path, out: Path, options: BuildOptions, *, progress: Pr
         builder.build_engines(missing, options, progress, rows_per_image=graph_set.pipeline.rows_per_image)
         engines = {name: _engine(job, keys[name], builder) for name, job in jobs.items()}
         manifest = Manifest(
-            schema=3,
+            schema=4,
             backend=backend,
             pipeline=graph_set.pipeline,
             precision=precision,

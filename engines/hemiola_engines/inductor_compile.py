@@ -166,7 +166,7 @@ def _specialized(whole: ExportedProgram, graph: GraphSpec, profile: Profile, row
     """Trace a program again with the sizes of a profile."""
     sizes = {symbol: likely for symbol, (_, likely, _) in profile.sides.items()}
     open_sides = {
-        symbol: torch.export.Dim(symbol, min=least, max=most)
+        symbol: torch.export.Dim(symbol.replace(".", "_"), min=least, max=most)
         for symbol, (least, _, most) in profile.sides.items()
         if least < most
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hemiola_engines.errors import BuildError
 from hemiola_engines.options import Layout
 from hemiola_runtime.graphs import FRONT, GraphSpec
-from hemiola_runtime.schedule import Forward
+from hemiola_runtime.schedule import KINDS, Forward
 
 
 def arrange(graphs: Mapping[str, GraphSpec], layout: Layout) -> tuple[dict[str, GraphSpec], dict[str, tuple[str, ...]]]:
@@ -16,7 +16,7 @@ def arrange(graphs: Mapping[str, GraphSpec], layout: Layout) -> tuple[dict[str, 
     Raises:
         BuildError: the graphs have no front and deep part.
     """
-    forwards: dict[str, tuple[str, ...]] = {f.value: (f.value,) for f in Forward if f.value in graphs}
+    forwards: dict[str, tuple[str, ...]] = {name: (name,) for name in graphs if name in KINDS}
     unused = FRONT
     if layout == "segmented":
         if FRONT not in graphs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Final
 
@@ -33,13 +33,6 @@ def profiles_of(
     choices: dict[str, list[Range]] = {}
     if sides & {"B", "R"}:
         choices["B"] = [(1, 1, 1)] if max_batch_size == 1 else [(1, 1, 1), (2, max_batch_size, max_batch_size)]
-    if "K" in sides:
-        steps = {step for schedule in every for step in schedule.steps if step.tokens}
-        counts = [{pipeline.selected_tokens(step, size) for step in steps} for size in sizes]
-        if pipeline.has_one_size:
-            choices["K"] = token_buckets(counts[1])
-        else:  # every size has counts of its own
-            choices["K"] = [(min(counts[0]), max(counts[1]), max(counts[2]))]
     if "T" in sides:
         lengths = [len(schedule.steps) for schedule in every]
         choices["T"] = [(min(lengths), max(lengths), max(lengths))]
@@ -50,12 +43,37 @@ def profiles_of(
         "columns": [columns for _, columns in grids],
     }
     choices |= {name: [(least, likely, most)] for name, (least, likely, most) in of_size.items() if name in sides}
-    return tuple(Profile(dict(zip(choices, combination, strict=True))) for combination in product(*choices.values()))
+    combined = [dict(zip(choices, combination, strict=True)) for combination in product(*choices.values())]
+    steps = dict.fromkeys(step for schedule in every for step in schedule.steps if step.kind == graph.name)
+    buckets: list[dict[str, Range]] = [{}]
+    if "K" in sides:
+        counts = [[pipeline.selected_tokens(step, size) for step in steps] for size in sizes]
+        buckets = token_buckets(counts[1]) if pipeline.has_one_size else [_range_of_sizes(counts)]
+    return tuple(Profile(by_symbol | bucket) for by_symbol in combined for bucket in buckets)
 
 
-def token_buckets(counts: Iterable[int]) -> list[Range]:
-    """Cut token counts into at most MAX_TOKEN_BUCKETS ranges that hold them all, each tuned for its largest."""
-    ordered = sorted(set(counts))
+def token_buckets(counts: Iterable[Mapping[str, int]]) -> list[dict[str, Range]]:
+    """Cut the token counts of steps, by symbol, into a few groups of neighbours; each is tuned for its largest.
+
+    Returns:
+        At most MAX_TOKEN_BUCKETS ranges, by symbol, that hold the counts of every step.
+    """
+    distinct = {tuple(by_symbol.values()): by_symbol for by_symbol in counts}
+    ordered = sorted(distinct.values(), key=lambda by_symbol: sum(by_symbol.values()))
     size = -(-len(ordered) // MAX_TOKEN_BUCKETS)
-    groups: Sequence[list[int]] = [ordered[i : i + size] for i in range(0, len(ordered), size)] if ordered else []
-    return [(group[0], group[-1], group[-1]) for group in groups]
+    return [_range(ordered[i : i + size]) for i in range(0, len(ordered), size)] if ordered else []
+
+
+def _range(counts: Sequence[Mapping[str, int]]) -> dict[str, Range]:
+    """Return the range that holds the counts of some steps, by symbol, tuned for the largest."""
+    values = {symbol: [by_symbol[symbol] for by_symbol in counts] for symbol in counts[0]}
+    return {symbol: (min(of_steps), max(of_steps), max(of_steps)) for symbol, of_steps in values.items()}
+
+
+def _range_of_sizes(counts: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, Range]:
+    """Return the range that holds the counts of the smallest, the default and the largest size, tuned for the default.
+
+    Every size has counts of its own.
+    """
+    least, likely, most = map(_range, counts)
+    return {symbol: (least[symbol][0], likely[symbol][2], most[symbol][2]) for symbol in likely}

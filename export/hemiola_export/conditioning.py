@@ -29,6 +29,10 @@ class ForwardConfig:
         deep_start: first deep block; None if no schedule asks for `deep` or `tokens`.
         selector: how tokens are ranked; None if no schedule asks for `tokens`.
         num_tokens: N, or its symbol where pictures differ in size; None for the size that the model is configured for.
+        mask: what `masked` computes, as in a schedule; None if no schedule asks for `masked`.
+        has_block_counts: whether `tokens` takes a token count for each block and branch, in place of one for all.
+        keeps_layers: whether some forward reads what single layers left.
+        keeps_residual: whether some forward reads the residual of the whole model.
     """
 
     is_guided: bool
@@ -36,6 +40,10 @@ class ForwardConfig:
     deep_start: int | None = None
     selector: TokenSelector | None = None
     num_tokens: Side | None = None
+    mask: tuple[str, ...] | None = None
+    has_block_counts: bool = False
+    keeps_layers: bool = True
+    keeps_residual: bool = False
 
     @property
     def rows_per_image(self) -> int:

@@ -46,7 +46,16 @@ from hemiola_runtime.graphs import (
     Precision,
 )
 from hemiola_runtime.pipeline import Pipeline, TextSpec
-from hemiola_runtime.schedule import Forward, Schedule, TokenSelector, write_schedule
+from hemiola_runtime.schedule import (
+    DEEP,
+    Forward,
+    Schedule,
+    Step,
+    TokenSelector,
+    keeps_layers,
+    keeps_residual,
+    write_schedule,
+)
 from hemiola_runtime.solver_table import SolverTable, write_solver_table
 
 logger = logging.getLogger(__name__)
@@ -91,9 +100,9 @@ def export_pipeline(
     schedules = {**schedules, UNCACHED: next(iter(schedules.values())).uncached()}
     tables = _solver_tables(schedules.values())
     pipeline = _pipeline(model, schedules, max(table.state_rows for table in tables.values()), sizes or Sizes())
-    forwards = _forwards(schedules.values())
+    kinds = _kinds(schedules.values())
     for schedule in schedules.values():
-        pipeline.check_schedule(schedule, {forward.value for forward in forwards})
+        pipeline.check_schedule(schedule, set(kinds))
     text_libraries = () if model.text is None else ("transformers", "tokenizers")
     if format == "torch" and not pipeline.has_one_size:
         raise ExportError(
@@ -106,11 +115,11 @@ def export_pipeline(
         if model.text is not None:
             (folder / TOKENIZER_FILE).write_bytes(model.text.tokenizer.json)
         graph_set = GraphSet(
-            schema=3,
+            schema=4,
             pipeline=pipeline,
             format=format,
             precisions={
-                precision: _write_graphs(model, pipeline, forwards, EXPORTERS[format], precision, folder, progress)
+                precision: _write_graphs(model, pipeline, kinds, EXPORTERS[format], precision, folder, progress)
                 for precision in dict.fromkeys(precisions)
             },
             schedules=_write_schedules(schedules, folder),
@@ -139,9 +148,10 @@ def _solver_tables(schedules: Iterable[Schedule]) -> dict[str, SolverTable]:
     }
 
 
-def _forwards(schedules: Iterable[Schedule]) -> list[Forward]:
-    wanted = {forward for schedule in schedules for forward in schedule.counts}
-    return [forward for forward in Forward if forward in wanted]
+def _kinds(schedules: Iterable[Schedule]) -> dict[str, Step]:
+    """Return one step of every kind that some schedule has, in a fixed order."""
+    wanted = {step.kind: step for schedule in schedules for step in schedule.steps}
+    return dict(sorted(wanted.items(), key=lambda item: (list(Forward).index(item[1].forward), item[1].order)))
 
 
 def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int, sizes: Sizes) -> Pipeline:
@@ -153,6 +163,7 @@ def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int, 
             "is deep and `deep` and `tokens` would compute nothing"
         )
     selector: TokenSelector | None = _common("selector", {name: s.selector for name, s in schedules.items()})
+    mask: tuple[str, ...] | None = _common("mask", {name: s.mask for name, s in schedules.items()})
     guidance: Literal["classifier_free", "none"] = _common(
         "guidance", {name: schedule.guidance for name, schedule in schedules.items()}
     )
@@ -169,6 +180,8 @@ def _pipeline(model: Model, schedules: Mapping[str, Schedule], state_rows: int, 
         state_rows=state_rows,
         deep_start=deep_start,
         selector=selector,
+        mask=mask,
+        has_block_counts=any(schedule.has_block_counts for schedule in schedules.values()),
         labels=model.labels,
         text=None if model.text is None else TextSpec(model.text.tokenizer.num_tokens),
         min_size=min_size,
@@ -204,7 +217,7 @@ def _common(what: str, by_schedule: dict[str, Any]) -> Any:
 def _write_graphs(
     model: Model,
     pipeline: Pipeline,
-    forwards: list[Forward],
+    kinds: Mapping[str, Step],
     exporter: Exporter,
     precision: Precision,
     out: Path,
@@ -213,7 +226,7 @@ def _write_graphs(
     """Write all graphs of one precision into a folder of their own."""
     folder = out / precision
     folder.mkdir()
-    modules = _modules(model, pipeline, forwards, getattr(torch, PRECISIONS[precision]))
+    modules = _modules(model, pipeline, kinds, getattr(torch, PRECISIONS[precision]))
     graphs = {}
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightFile(file)
@@ -231,17 +244,27 @@ def _write_graphs(
     return Graphs(graphs, weights.sha256)
 
 
-def _modules(model: Model, pipeline: Pipeline, forwards: list[Forward], dtype: torch.dtype) -> dict[str, NamedModule]:
+def _modules(model: Model, pipeline: Pipeline, kinds: Mapping[str, Step], dtype: torch.dtype) -> dict[str, NamedModule]:
     family = model.family if dtype == model.family.compute_dtype else model.family.lowered(dtype)
     is_guided = pipeline.guidance == "classifier_free"
     num_tokens = pipeline.num_tokens if pipeline.has_one_size else "N"
-    config = ForwardConfig(is_guided, pipeline.state_rows, pipeline.deep_start, pipeline.selector, num_tokens)
+    config = ForwardConfig(
+        is_guided,
+        pipeline.state_rows,
+        pipeline.deep_start,
+        pipeline.selector,
+        num_tokens,
+        pipeline.mask,
+        pipeline.has_block_counts,
+        keeps_layers(kinds),
+        keeps_residual(kinds),
+    )
     modules: dict[str, NamedModule] = {}
     if model.text is not None:
         modules[TEXT_ENCODER] = model.text.graph(family.width, dtype)
     modules[CONDITIONING] = Conditioning(family, config)
-    modules |= {forward.value: FORWARDS[forward](family, config) for forward in forwards}
-    if Forward.DEEP in forwards and pipeline.deep_start:
+    modules |= {kind: FORWARDS[step.forward](family, config, step.order) for kind, step in kinds.items()}
+    if DEEP.kind in kinds and pipeline.deep_start:
         modules[FRONT] = Front(family, config)
     if model.vae is not None:
         size = pipeline.tile_of(pipeline.size)

@@ -21,7 +21,6 @@ from hemiola_runtime.bundle import Bundle
 from hemiola_runtime.errors import NumericError
 from hemiola_runtime.graphs import Precision
 from hemiola_runtime.probe import Probe
-from hemiola_runtime.schedule import Forward
 
 # Largest relative L2 of what one forward leaves. float32 products of other libraries differ by some 1e-6 a block, and
 # by 1e-5 behind dozens. Half precision rounds each product to 8 bits (bfloat16, 4e-3) or 11 (float16, 5e-4) in every
@@ -62,7 +61,7 @@ def compare_forwards(
     found: dict[str, float] = defaultdict(float)
     for name in bundle.manifest.schedules:
         schedule = bundle.schedule(name)
-        compared = _compared_steps([step.forward for step in schedule.steps])
+        compared = _compared_steps([step.kind for step in schedule.steps])
         with Probe(bundle, name, 1) as probe:
             # With what the bundle's engines leave for `deep` and `tokens`, whether this schedule has such steps or not.
             trajectory = Trajectory(
@@ -72,23 +71,26 @@ def compare_forwards(
                 schedule.guidance == "classifier_free",
                 pipeline.deep_start,
                 pipeline.selector,
+                pipeline.mask,
+                pipeline.has_block_counts,
                 pipeline.pixels_per_latent,
+                tuple(bundle.manifest.forwards),
             )
             for moment in trajectory.walk(requests):
                 if moment.index in compared:
-                    forward = moment.step.forward.value
-                    on_step(f"{name}: step {moment.index}, {forward}")
-                    found[forward] = max(found[forward], _difference(probe, moment, name))
+                    kind = moment.step.kind
+                    on_step(f"{name}: step {moment.index}, {kind}")
+                    found[kind] = max(found[kind], _difference(probe, moment, name))
                 if moment.index == max(compared):
                     break
     return dict(found)
 
 
-def _compared_steps(forwards: Iterable[Forward]) -> set[int]:
-    """Choose the first, the last and the middle step of every forward."""
-    places: dict[Forward, list[int]] = defaultdict(list)
-    for index, forward in enumerate(forwards):
-        places[forward].append(index)
+def _compared_steps(kinds: Iterable[str]) -> set[int]:
+    """Choose the first, the last and the middle step of every kind."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, kind in enumerate(kinds):
+        places[kind].append(index)
     return {indices[k] for indices in places.values() for k in (0, len(indices) // 2, -1)}
 
 
@@ -99,7 +101,7 @@ def _difference(probe: Probe, moment: Moment, schedule: str) -> float:
     for name, tensor in written.items():
         if not np.isfinite(tensor).all():
             raise NumericError(
-                f"the tensor {name} that `{moment.step.forward.value}` left at step {moment.index} of the schedule "
+                f"the tensor {name} that `{moment.step.kind}` left at step {moment.index} of the schedule "
                 f"{schedule} holds NaN or infinity, and PyTorch's does not. bf16 and fp32 have more room than fp16"
             )
         expected = moment.after[name].float().cpu().numpy()

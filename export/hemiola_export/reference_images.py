@@ -67,5 +67,7 @@ def trajectory(model: Model, schedule: Schedule, table: SolverTable) -> Trajecto
         schedule.guidance == "classifier_free",
         schedule.deep_start,
         schedule.selector,
+        schedule.mask,
+        schedule.has_block_counts,
         model.pixels_per_latent,
     )

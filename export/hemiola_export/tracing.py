@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hemiola_export.named_module import NamedModule, Tensors
+from hemiola_runtime.graphs import is_token_count
 
 # No side of 1: torch.export would take it for fixed.
 EXAMPLE: Final = {"B": 2, "K": 3, "T": 5, "N": 16, "rows": 6, "columns": 7}
@@ -19,9 +20,16 @@ TORCH_DTYPES: Final = {
 }
 
 
+def _own_counts(module: NamedModule) -> list[str]:
+    """Name the symbols of token counts that blocks have for themselves."""
+    symbols = (side for spec in module.inputs for side in spec.shape if isinstance(side, str))
+    return [symbol for symbol in symbols if is_token_count(symbol) and symbol not in EXAMPLE]
+
+
 def example_inputs(module: NamedModule, rows_per_image: int) -> Tensors:
     """Make inputs of zeros, by name."""
     sizes = EXAMPLE | {"R": rows_per_image * EXAMPLE["B"]} | module.example_sizes
+    sizes |= dict.fromkeys(_own_counts(module), 2)
     return {spec.name: torch.zeros(spec.resolve(sizes), dtype=TORCH_DTYPES[spec.dtype]) for spec in module.inputs}
 
 
@@ -39,6 +47,8 @@ def dynamic_shapes(module: NamedModule, rows_per_image: int) -> dict[str, dict[i
         "rows": torch.export.Dim("rows", min=1, max=1 << 10),
         "columns": torch.export.Dim("columns", min=1, max=1 << 10),
     }
+    own_counts = _own_counts(module)  # by names that Python could have, too
+    dimensions |= {symbol: torch.export.Dim(symbol.replace(".", "_"), min=1, max=1 << 16) for symbol in own_counts}
     return {
         spec.name: {axis: dimensions[side] for axis, side in enumerate(spec.shape) if isinstance(side, str)}
         for spec in module.inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -14,9 +15,10 @@ from hemiola_export.families import Family
 from hemiola_export.forwards import FORWARDS
 from hemiola_export.named_module import Tensors
 from hemiola_export.patches import from_patches, to_patches
-from hemiola_runtime.graphs import STEP_TABLE
+from hemiola_runtime.graphs import STEP_TABLE, slots_name
+from hemiola_runtime.pipeline import token_counts
 from hemiola_runtime.program import tokens_by_square
-from hemiola_runtime.schedule import Forward, Step, TokenSelector
+from hemiola_runtime.schedule import Forward, Step, TokenSelector, keeps_layers, keeps_residual
 from hemiola_runtime.solver_table import SolverTable
 
 TOKENS_AT_ONCE: Final = 32 * 256  # 32 images of 256 × 256 pixels: the caches of DiT-XL/2 then take 4 GB in float32
@@ -62,7 +64,10 @@ class Trajectory:
         is_guided: classifier-free guidance.
         deep_start: first deep block, None if no step is `deep` or `tokens`.
         selector: None if no step is `tokens`.
+        mask: None if no step is `masked`.
+        has_block_counts: whether every deep block has a token count of its own.
         pixels_per_latent: side of the square of pixels that a latent becomes.
+        kinds: of steps beside its own, for which full steps leave caches too.
     """
 
     family: Family
@@ -71,7 +76,10 @@ class Trajectory:
     is_guided: bool
     deep_start: int | None = None
     selector: TokenSelector | None = None
+    mask: tuple[str, ...] | None = None
+    has_block_counts: bool = False
     pixels_per_latent: int = 1
+    kinds: tuple[str, ...] = ()
 
     @torch.inference_mode()
     def run(
@@ -81,14 +89,34 @@ class Trajectory:
 
         Args:
             requests: any number.
-            batch_size: how many run at once; None for as many as have TOKENS_AT_ONCE tokens.
+            batch_size: how many run at once; None for as many as `parts` gives.
             on_step: called after every step of every batch, for progress and interruption.
         """
-        count = len(requests)
+        return torch.cat([self._run_batch(part, on_step) for part in self.parts(requests, batch_size)])
+
+    def parts(self, requests: Requests, batch_size: int | None = None) -> list[Requests]:
+        """Split requests into such as run at once.
+
+        Args:
+            requests: any number.
+            batch_size: how many that are; None for as many as have TOKENS_AT_ONCE tokens, those in the caches of each
+                full step that forecasts look back on counted again.
+        """
         if batch_size is None:
-            batch_size = max(1, TOKENS_AT_ONCE * self.family.patch_size**2 // requests.noise[0, 0].numel())
-        parts = [requests.part(start, start + batch_size) for start in range(0, count, batch_size)]
-        return torch.cat([self._run_batch(part, on_step) for part in parts])
+            num_tokens = requests.noise[0, 0].numel() // self.family.patch_size**2
+            batch_size = max(1, TOKENS_AT_ONCE // (num_tokens * (1 + self._order)))
+        return [requests.part(start, start + batch_size) for start in range(0, len(requests), batch_size)]
+
+    @property
+    def _order(self) -> int:
+        """The highest order of all forecasts."""
+        return max(step.order for step in self.steps)
+
+    def _slots(self, step: Step) -> dict[str, int]:
+        """Return the lengths of what says to `tokens` how many to choose."""
+        deep = range(self.deep_start or 0, len(self.family.blocks))
+        counts = token_counts(step, self.family.branches, deep, has_block_counts=self.has_block_counts)
+        return {slots_name(symbol): count for symbol, count in counts.items()}
 
     def _run_batch(self, requests: Requests, on_step: Callable[[], None] | None) -> Tensor:
         patches = None
@@ -106,8 +134,20 @@ class Trajectory:
         height, width = requests.noise.shape[2:]
         grid = (height // family.patch_size, width // family.patch_size)
         num_tokens = grid[0] * grid[1]
-        config = ForwardConfig(self.is_guided, self.table.state_rows, self.deep_start, self.selector, num_tokens)
-        forwards = {forward: FORWARDS[forward](family, config) for forward in {s.forward for s in self.steps}}
+        kinds = {*self.kinds, *(step.kind for step in self.steps)}
+        config = ForwardConfig(
+            self.is_guided,
+            self.table.state_rows,
+            self.deep_start,
+            self.selector,
+            num_tokens,
+            self.mask,
+            self.has_block_counts,
+            keeps_layers(kinds),
+            keeps_residual(kinds),
+        )
+        forwards = {step.kind: FORWARDS[step.forward](family, config, step.order) for step in self.steps}
+        caches = [spec.name for spec in FORWARDS[Forward.FULL](family, config).writes if "_cache." in spec.name]
         conditioning = Conditioning(family, config)
         given = {
             **requests.conditions,
@@ -134,12 +174,21 @@ class Trajectory:
             tensors |= {"coefficients": coefficients[i], "input_scale": input_scale[i]}
             tensors |= {name: table[i] for name, table in tables.items()}
             if step.forward is Forward.TOKENS:
-                assert step.tokens is not None
-                tensors["token_slots"] = torch.arange(step.tokens, device=device)
+                tensors |= {name: torch.arange(n, device=device) for name, n in self._slots(step).items()}
+            if step.order:
+                tensors["forecast"] = torch.tensor(step.forecast, device=device)
+            if step.forward is Forward.FULL:
+                tensors |= _aged(tensors, caches, self._order)
             before = {**tensors}
-            written = forwards[step.forward](before)
+            written = forwards[step.kind](before)
             tensors |= {name.removeprefix("next_"): tensor for name, tensor in written.items()}
             yield Moment(i, step, before, written)
+
+
+def _aged(tensors: Tensors, caches: Sequence[str], order: int) -> Tensors:
+    """Return the caches one full step older, by the names under which forecasts of some order read them."""
+    lines = ([name, *(f"{name}.{age}" for age in range(1, order + 1))] for name in caches)
+    return {new: tensors[old] for line in lines for old, new in pairwise(line) if old in tensors}
 
 
 def token_places(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:

@@ -53,14 +53,10 @@ def _file(path: Path) -> list[str]:
         raise RequestError(f"{path} is neither a schedule nor a record of a search. Of a bundle, name the folder")
     if "steps" in keys:
         return _schedule(read_schedule(path))
+    from hemiola_search.markdown import record_lines
     from hemiola_search.record import read_record
 
-    record = read_record(path)
-    lines = [f"search of {record.model}, {record.sampler}, guidance {record.guidance_scale:g}: {record.chosen}"]
-    for point in record.points:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in point.quality.items())
-        lines.append(f"  {point.images:9} {point.strategy} {point.name}: {figures}")
-    return lines
+    return record_lines(read_record(path))
 
 
 def _schedule(schedule: Schedule) -> list[str]:
@@ -72,8 +68,14 @@ def _schedule(schedule: Schedule) -> list[str]:
         f"  found by {schedule.found_by.strategy} {schedule.found_by.arguments.get('name', '')}".rstrip(),
     ]
     if schedule.selector is not None:
-        counts = sorted({step.tokens for step in schedule.steps if step.tokens is not None})
-        lines.append(f"  tokens {counts} by {schedule.selector.score} in blocks from {schedule.deep_start}")
+        counts = sorted({count for step in schedule.steps for count in step.counts})
+        each = f"{counts[0]} … {counts[-1]}, a count for each block," if schedule.has_block_counts else f"{counts}"
+        lines.append(f"  tokens {each} by {schedule.selector.score} in blocks from {schedule.deep_start}")
+    if schedule.mask is not None:
+        lines.append(f"  masked computes, of each branch, the blocks {' '.join(schedule.mask)}")
+    if schedule.order:
+        orders = ", ".join(str(order) for order in sorted({step.order for step in schedule.steps} - {0}))
+        lines.append(f"  forecasts of order {orders}, from caches of up to {schedule.order + 1} full steps")
     lines += [f"  {name} {value:.4g}" for name, value in schedule.measured.items()]
     return lines
 
@@ -141,6 +143,20 @@ def _layout(manifest: Manifest) -> list[str]:
     return [*lines, f"  layout {layout}: {chains}; {total} of engines and weights"]
 
 
+def _costs(bundle: Path) -> list[str]:
+    """Tell the machines that a bundle was measured on."""
+    from hemiola_runtime.cost_table import stored_cost_tables
+
+    lines = []
+    for table in stored_cost_tables(bundle):
+        versions = ", ".join(f"{name} {version}" for name, version in table.made_by.versions.items())
+        sizes = ", ".join(map(str, table.batch_sizes))
+        lines.append(
+            f"  costs on {table.where} ({versions}): {len(table.rows)} rows, batch sizes {sizes}; {table.file}"
+        )
+    return lines
+
+
 def _bundle(path: Path) -> list[str]:
     """Describe a bundle; its engines are not loaded, so this works on any machine."""
     from hemiola_runtime.artifacts import in_words
@@ -184,6 +200,7 @@ def _bundle(path: Path) -> list[str]:
         differs = "" if parity is None else f"; differs from PyTorch by {parity:.1e}"
         lines += [f"  {name}: {schedule.scheduler.label}, {schedule.summary}{differs}", f"    {schedule.rhythm}"]
     lines += [f"  {name}: differs from PyTorch by {d:.1e} per step" for name, d in manifest.forward_parity.items()]
+    lines += _costs(path)
     if names := list(manifest.pipeline.labels.items()):
         shown = ", ".join(f"{label} {name}" for label, name in names[:12])
         lines.append(f"  labels: {shown}{', …' if len(names) > 12 else ''}")

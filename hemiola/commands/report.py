@@ -40,13 +40,15 @@ def run(options: argparse.Namespace) -> int:
     from hemiola_runtime.bench import Machine, measure
     from hemiola_runtime.graph_set import UNCACHED
     from hemiola_runtime.sampler import Sampler
+    from hemiola_search.comparison import findings_of
     from hemiola_search.record import read_record
-    from hemiola_search.report import ReportInput, difference_image, render_report
+    from hemiola_search.report import ReportInput, chosen_schedule, difference_image, keys_of, render_report
 
     check_output_file(options.out, ".html")
     record = read_record(options.search)
     with Sampler.open(options.bundle, cuda_graphs=False) as sampler:  # launch by launch, to time each engine
         manifest, schedules = sampler.manifest, sampler.schedules
+        found = chosen_schedule(record, manifest, schedules)  # refuse a wrong record before minutes are spent on it
         has_guidance = manifest.pipeline.guidance != "none"
         batch_size = min(options.batch_size, manifest.max_batch_size)
         images = {}
@@ -90,7 +92,6 @@ def run(options: argparse.Namespace) -> int:
                 prompts=_subjects(manifest.pipeline, record, range(options.images)).get("prompts", ()),
             )
         )
-        found = sampler.default_schedule
     grid = options.out.with_suffix(".png")
     numbers = {
         "machine": asdict(machine),
@@ -98,6 +99,9 @@ def run(options: argparse.Namespace) -> int:
         "batch_size": batch_size,
         "repeats": options.repeats,
         "measured": {name: asdict(row) for name, row in measured.items()},
+        "chosen": found,
+        "keys": keys_of(schedules),  # by which the points of the search know the schedules that were measured
+        "findings": {budget: findings_of(record, budget) for budget in record.limits},
         "search": asdict(record),
     }
     write_together(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import math
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeVar
 
 from hemiola_runtime.backends import cuda
+from hemiola_runtime.machine import Machine as Machine
 from hemiola_runtime.manifest import BackendSpec
 from hemiola_runtime.pipeline import Pipeline
 from hemiola_runtime.report import RunReport
@@ -75,31 +74,6 @@ class Measurement:
     speedup: float
     busy: float = 1.0
     graph_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Where something was measured."""
-
-    processor: str
-    num_cores: int
-    system: str
-    python: str
-
-    @classmethod
-    def here(cls) -> Machine:
-        """Describe this machine."""
-        return cls(
-            _processor(), os.cpu_count() or 1, f"{platform.system()} {platform.machine()}", platform.python_version()
-        )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def gpu_of(backend: BackendSpec) -> cuda.Gpu | None:

@@ -36,7 +36,7 @@ class GraphSet:
     """The folder that export leaves: graphs and weights in one precision or several, schedules, solver tables.
 
     Attributes:
-        schema: of the file, now 3.
+        schema: of the file, now 4.
         pipeline: what the graphs compute.
         format: of the graphs' files: ONNX, or PyTorch's exported programs, which only its own compiler builds from.
         precisions: the graphs, by precision.
@@ -46,7 +46,7 @@ class GraphSet:
         made_by: command and versions.
     """
 
-    schema: Literal[3]
+    schema: Literal[4]
     pipeline: Pipeline
     format: GraphFormat
     precisions: dict[str, Graphs]

@@ -25,6 +25,16 @@ Precision = Literal["fp32", "fp16", "bf16"]  # of matrix products, weights and c
 PRECISIONS: Final[Mapping[Precision, DType]] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+def is_token_count(symbol: str) -> bool:
+    """Tell whether a symbol stands for selected tokens: K, or that of one branch of one block, as in `K.mlp.3`."""
+    return symbol == "K" or symbol.startswith("K.")
+
+
+def slots_name(symbol: str) -> str:
+    """Name the input of `tokens` that is as long as a token count: `token_slots.mlp.3` for `K.mlp.3`."""
+    return f"token_slots{symbol.removeprefix('K')}"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Name, dtype and shape of one input or output.
@@ -32,9 +42,9 @@ class TensorSpec:
     Attributes:
         name: as in the graph.
         dtype: element type.
-        shape: integers, or the symbols B images, R rows (2B under guidance), K selected tokens, T model evaluations,
-            TR = T·R; and, where pictures differ in size, N tokens in `rows` and `columns`, `height` and `width` in
-            pixels.
+        shape: integers, or the symbols B images, R rows (2B under guidance), K selected tokens (K.mlp.3 of one branch
+            of one block, where each has a count of its own), T model evaluations, TR = T·R; and, where pictures differ
+            in size, N tokens in `rows` and `columns`, `height` and `width` in pixels.
     """
 
     name: str
@@ -43,7 +53,8 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         for side in self.shape:
-            if (side not in SYMBOLS) if isinstance(side, str) else side < 0:
+            is_side = side in SYMBOLS or is_token_count(side) if isinstance(side, str) else side >= 0
+            if not is_side:
                 raise ValueError(f"{side!r} is no side of a shape; symbols are {', '.join(SYMBOLS)}")
 
     def resolve(self, symbols: Mapping[str, int]) -> tuple[int, ...]:

@@ -12,9 +12,9 @@ from hemiola_runtime.codec import as_json, write_json
 from hemiola_runtime.errors import IntegrityError, ScheduleError
 from hemiola_runtime.folders import check_path, read_description
 from hemiola_runtime.graph_set import TOKENIZER_FILE, UNCACHED
-from hemiola_runtime.graphs import CONDITIONING, TEXT_ENCODER, GraphSpec, Precision
+from hemiola_runtime.graphs import CONDITIONING, TEXT_ENCODER, GraphSpec, Precision, is_token_count
 from hemiola_runtime.pipeline import Pipeline
-from hemiola_runtime.schedule import Forward, SchedulerIdentity
+from hemiola_runtime.schedule import KINDS, Forward, SchedulerIdentity
 
 MANIFEST_FILE: Final = "manifest.json"
 PROFILE_SYMBOLS: Final = ("B", "K", "T", "N", "rows", "columns")  # those that are free; the others follow from them
@@ -25,15 +25,16 @@ class Profile:
     """The sizes that an engine was tuned for, as in TensorRT's optimization profiles.
 
     Attributes:
-        sides: smallest, likeliest and largest number behind those of the symbols B, K, T, N, `rows` and `columns` that
-            its inputs have.
+        sides: smallest, likeliest and largest number behind those of the symbols B, K, K.mlp.3, T, N, `rows` and
+            `columns` that its inputs have.
     """
 
     sides: dict[str, tuple[int, int, int]]
 
     def __post_init__(self) -> None:
         for symbol, (least, likely, most) in self.sides.items():
-            if symbol not in PROFILE_SYMBOLS or not 1 <= least <= likely <= most:
+            is_known = symbol in PROFILE_SYMBOLS or is_token_count(symbol)
+            if not is_known or not 1 <= least <= likely <= most:
                 raise ValueError(f"{symbol} = {least} ≤ {likely} ≤ {most} is no side of a profile")
 
     def covers(self, symbols: Mapping[str, int]) -> bool:
@@ -88,13 +89,13 @@ class Manifest:
     """The folder that is deployed.
 
     Attributes:
-        schema: of the file, now 3.
+        schema: of the file, now 4.
         backend: what runs the engines.
         pipeline: what they compute.
         precision: of matrix products, weights and caches.
         max_batch_size: largest B that is served.
         engines: by name.
-        forwards: the engines that make up each forward, in order.
+        forwards: the engines that make up each kind of step, in order: of `full`, of `reuse_2`.
         schedules: name → file; the first is the default.
         solvers: digest of the scheduler → file.
         files: every file of the bundle but this one, by its path within it.
@@ -105,7 +106,7 @@ class Manifest:
         digest: SHA-256 over all of the above; set when the manifest is written, checked when it is read.
     """
 
-    schema: Literal[3]
+    schema: Literal[4]
     backend: BackendSpec
     pipeline: Pipeline
     precision: Precision
@@ -134,7 +135,7 @@ class Manifest:
                 raise ValueError(f"images are drawn of prompts, but there is no {TOKENIZER_FILE}")
         if missing := wanted - set(self.engines):
             raise ValueError(f"there is no engine {', '.join(sorted(missing))}")
-        if unknown := set(self.forwards) - {forward.value for forward in Forward}:
+        if unknown := set(self.forwards) - set(KINDS):
             raise ValueError(f"{', '.join(sorted(unknown))} is no forward")
         if not self.forwards.get(Forward.FULL.value) or not all(self.forwards.values()):
             raise ValueError("a forward, `full` or another, has no engine")

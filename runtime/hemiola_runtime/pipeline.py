@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,8 @@ class Pipeline:
         state_rows: 1 + k, the sample and the solver's history.
         deep_start: first deep block of `deep` and `tokens`, None if neither was exported.
         selector: of `tokens`, None if it was not exported.
+        mask: of `masked`, None if it was not exported.
+        has_block_counts: whether `tokens` takes a token count for each block and branch.
         labels: class label → what people call it; empty where images are drawn of prompts.
         text: of prompts; None where images are drawn of labels.
         min_size: smallest H and W that can be drawn.
@@ -60,6 +63,8 @@ class Pipeline:
     state_rows: int
     deep_start: int | None
     selector: TokenSelector | None
+    mask: tuple[str, ...] | None
+    has_block_counts: bool
     labels: dict[str, str]
     text: TextSpec | None
     min_size: Size
@@ -147,13 +152,17 @@ class Pipeline:
             "width": width,
         }
 
-    def selected_tokens(self, step: Step, size: Size) -> int:
-        """Return K of a step at some size: the share of tokens that the schedule recomputes at its own."""
-        if step.tokens is None:
-            return 0
-        return max(1, round(step.tokens * self.tokens_of(size) / self.num_tokens))
+    def selected_tokens(self, step: Step, size: Size) -> dict[str, int]:
+        """Return K of a step at some size, by its symbol: the share of tokens that the schedule recomputes at its own.
 
-    def check_schedule(self, schedule: Schedule, forwards: set[str]) -> None:
+        Where every block has a count of its own, those too; 0 for a step without.
+        """
+        deep = range(self.deep_start or 0, self.num_blocks)
+        counts = token_counts(step, self.branches, deep, has_block_counts=self.has_block_counts)
+        share = self.tokens_of(size) / self.num_tokens
+        return {symbol: max(1, round(count * share)) if count else 0 for symbol, count in counts.items()}
+
+    def check_schedule(self, schedule: Schedule, kinds: set[str]) -> None:
         """Make sure that a schedule was made for this pipeline.
 
         Raises:
@@ -174,20 +183,55 @@ class Pipeline:
             raise ScheduleError(
                 f"the schedule was made with guidance `{schedule.guidance}`, but here it is `{self.guidance}`"
             )
-        if missing := sorted({forward.value for forward in schedule.counts} - forwards):
+        if missing := sorted(set(schedule.kinds) - kinds):
             raise ScheduleError(
-                f"the schedule runs `{', '.join(missing)}`, but only {', '.join(sorted(forwards))} were exported. "
+                f"the schedule runs `{', '.join(missing)}`, but only {', '.join(sorted(kinds))} were exported. "
                 "Export again with this schedule among the others"
             )
         for name, wanted, here in (
             ("deep_start", schedule.deep_start, self.deep_start),
             ("selector", schedule.selector, self.selector),
+            ("mask", schedule.mask, self.mask),
         ):
             if wanted is not None and wanted != here:
                 raise ScheduleError(
                     f"the schedule needs {name} = {wanted}, but the graphs were exported with {name} = {here}. "
                     "Export again with this schedule"
                 )
+        if schedule.has_block_counts and not self.has_block_counts:
+            raise ScheduleError(
+                "the schedule has a token count for each block, but the graphs were exported with one for all. Export "
+                "again with this schedule"
+            )
         for i, step in enumerate(schedule.steps):
-            if step.tokens is not None and step.tokens > self.num_tokens:
-                raise ScheduleError(f"step {i} recomputes {step.tokens} tokens, but an image has {self.num_tokens}")
+            if step.max_tokens > self.num_tokens:
+                raise ScheduleError(f"step {i} recomputes {step.max_tokens} tokens, but an image has {self.num_tokens}")
+            if isinstance(step.tokens, tuple):
+                self._check_counts(i, step.tokens)
+
+    def _check_counts(self, step: int, counts: tuple[tuple[int, ...], ...]) -> None:
+        found = [len(branch) for branch in counts]
+        taken = [self.num_blocks - (self.deep_start or 0) for _ in self.branches[1:]]
+        if found != taken:
+            mine, theirs = (" + ".join(map(str, lengths)) for lengths in (taken, found))
+            raise ScheduleError(
+                f"step {step} has token counts for {theirs} blocks, but the graphs take them for {mine}: one for each "
+                "deep block of each branch but self-attention"
+            )
+
+
+def token_counts(step: Step, branches: Sequence[str], deep: range, *, has_block_counts: bool) -> dict[str, int]:
+    """Return the number behind K, and behind K of every branch and block that has a count of its own.
+
+    Args:
+        step: any.
+        branches: of the model; self-attention, which `tokens` never computes, is the first.
+        deep: blocks.
+        has_block_counts: whether each has a count of its own.
+    """
+    counts = {"K": step.max_tokens}
+    if step.tokens is not None and has_block_counts:
+        by_branch = step.tokens if isinstance(step.tokens, tuple) else ((step.tokens,) * len(deep),) * len(branches[1:])
+        for branch, by_block in zip(branches[1:], by_branch, strict=True):
+            counts |= {f"K.{branch}.{block}": n for block, n in zip(deep, by_block, strict=True)}
+    return counts

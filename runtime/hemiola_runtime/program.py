@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from hemiola_runtime.errors import BundleError, ScheduleError
-from hemiola_runtime.graphs import CONDITIONING, ITEMSIZE, STEP_TABLE, VAE_DECODER, DType, TensorSpec
+from hemiola_runtime.graphs import CONDITIONING, ITEMSIZE, STEP_TABLE, VAE_DECODER, DType, TensorSpec, slots_name
 from hemiola_runtime.manifest import PROFILE_SYMBOLS, Manifest
-from hemiola_runtime.schedule import Schedule
+from hemiola_runtime.schedule import Forward, Schedule, Step
 from hemiola_runtime.solver_table import SolverTable
 
 ALIGNMENT: Final = 256  # of every tensor's address, in bytes, as TensorRT wants it
@@ -53,7 +53,8 @@ class Launch:
     Attributes:
         engine: its name.
         step: which model evaluation this is part of; None for conditioning and decoder.
-        sizes: the number behind each free symbol of the shapes; K is 0 without selected tokens.
+        sizes: the number behind each free symbol of the shapes; K is 0 without selected tokens, and K of one block
+            is there only with them.
         tensors: where each input and output of the engine lies.
     """
 
@@ -181,6 +182,13 @@ class _Lowering:
         self.layout = _Layout()
         self.symbols = manifest.pipeline.symbols(batch_size, len(schedule.steps), size)
         self.current: dict[str, Placed] = {}  # where each tensor is now
+        self.history = {  # caches of full steps before the last, which forecasts read
+            spec.name: spec
+            for kind in schedule.kinds
+            for engine in manifest.forwards[kind]
+            for spec in self.graphs[engine].inputs
+            if "_cache." in spec.name and spec.name.count(".") == 2
+        }
         self.spare: dict[str, Placed] = {}  # its second place, if it is ever read and written by one launch
         self.constants: list[Constant] = []
 
@@ -191,7 +199,7 @@ class _Lowering:
         per_step_specs, request_specs = self._first_step(tables, conditions)
         fixed = self._fixed_conditions()
         per_step = {name: self._solver_places(per_step_specs[name]) for name in SOLVER}
-        selections = self._selections()
+        selections, forecasts = self._selections(), self._forecasts()
         asked = {spec.name: self._place(spec) for spec in conditioning.inputs if spec.name not in fixed}
         inputs = asked | {name: self._place(spec) for name, spec in sorted(request_specs.items())}
         staged_bytes = self.layout.num_bytes
@@ -201,9 +209,11 @@ class _Lowering:
         per_step |= {name: self._entries(per_step_specs[name]) for name in sorted(tables)}
         for i, step in enumerate(self.schedule.steps):
             given = {name: places[i] for name, places in per_step.items()}
-            count = self.manifest.pipeline.selected_tokens(step, self.size)
-            given |= selections.get(count, {})
-            launches += [self._launch(engine, i, given, count) for engine in self.manifest.forwards[step.forward.value]]
+            counts = self.manifest.pipeline.selected_tokens(step, self.size)
+            given |= selections.get(step, {}) | forecasts.get(step.forecast, {})
+            if step.forward is Forward.FULL:
+                self._age_caches()
+            launches += [self._launch(engine, i, given, counts) for engine in self.manifest.forwards[step.kind]]
         state = self.current["state"]
         results = {"latents": Placed(state.offset, state.shape[1:], state.dtype)}
         if VAE_DECODER in self.graphs and not self.manifest.pipeline.is_tiled(self.size):
@@ -220,7 +230,7 @@ class _Lowering:
         per_step: dict[str, TensorSpec] = {}
         request: dict[str, TensorSpec] = {}
         written: set[str] = set()
-        for engine in self.manifest.forwards[self.schedule.steps[0].forward.value]:
+        for engine in self.manifest.forwards[self.schedule.steps[0].kind]:
             for spec in self.graphs[engine].inputs:
                 if spec.name in tables or spec.name in SOLVER:
                     per_step[spec.name] = spec
@@ -266,22 +276,46 @@ class _Lowering:
             return [self._constant(spec, (scale,)) for scale in self.table.input_scale]
         return [self._constant(spec, tuple(w for row in rows for w in row)) for rows in self.table.coefficients]
 
-    def _selections(self) -> dict[int, dict[str, Placed]]:
-        """Place, for every token count, what `tokens` reads to select so many: an input whose length is the count."""
+    def _selections(self) -> dict[Step, dict[str, Placed]]:
+        """Place what `tokens` reads to select so many tokens: inputs whose lengths are the counts."""
         pipeline = self.manifest.pipeline
-        chosen = {pipeline.selected_tokens(step, self.size) for step in self.schedule.steps if step.tokens is not None}
-        if not chosen or pipeline.selector is None:
+        counts = {s: pipeline.selected_tokens(s, self.size) for s in self.schedule.steps if s.tokens is not None}
+        if not counts or pipeline.selector is None:
             return {}
         squares = {}
         if pipeline.selector.has_squares:
             order = tuple(map(float, tokens_by_square(pipeline.grid_of(self.size), pipeline.selector.spatial_size)))
             squares["token_squares"] = self._constant(TensorSpec("token_squares", "int64", (len(order),)), order)
-        slots = {n: TensorSpec("token_slots", "int64", (n,)) for n in sorted(chosen)}
-        return {n: squares | {"token_slots": self._constant(spec, tuple(range(n)))} for n, spec in slots.items()}
+        most = max(count for by_symbol in counts.values() for count in by_symbol.values())
+        slots = self._constant(TensorSpec("token_slots", "int64", (most,)), tuple(range(most)))  # all begin alike
+        return {
+            step: squares | {slots_name(symbol): replace(slots, shape=(count,)) for symbol, count in by_symbol.items()}
+            for step, by_symbol in counts.items()
+        }
 
-    def _launch(self, engine: str, step: int | None, given: Mapping[str, Placed], num_selected: int = 0) -> Launch:
+    def _forecasts(self) -> dict[tuple[float, ...], dict[str, Placed]]:
+        """Place the weights of every forecast."""
+        distinct = dict.fromkeys(step.forecast for step in self.schedule.steps if step.forecast)
+        specs = {weights: TensorSpec("forecast", "float32", (len(weights),)) for weights in distinct}
+        return {weights: {"forecast": self._constant(spec, weights)} for weights, spec in specs.items()}
+
+    def _age_caches(self) -> None:
+        """Before a full step: what was a cache becomes the one of a full step before, as forecasts read it.
+
+        The place of the oldest, or a new one, becomes that of the newest, which nothing reads any more.
+        """
+        for name in [name for name in self.current if "_cache." in name and f"{name}.1" in self.history]:
+            older = (f"{name}.{age}" for age in range(1, self.schedule.order + 1))
+            line = [name, *(known for known in older if known in self.history)]
+            places = [self.current[known] for known in line if known in self.current]
+            oldest = places.pop() if len(places) == len(line) else self._place(self.history[line[1]])
+            self.current |= dict(zip(line, [oldest, *places], strict=False))
+
+    def _launch(
+        self, engine: str, step: int | None, given: Mapping[str, Placed], counts: Mapping[str, int] | None = None
+    ) -> Launch:
         graph = self.graphs[engine]
-        sizes = {symbol: self.symbols[symbol] for symbol in PROFILE_SYMBOLS} | {"K": num_selected}
+        sizes = {symbol: self.symbols[symbol] for symbol in PROFILE_SYMBOLS} | dict(counts or {})
         self._check_profiles(engine, sizes)
         tensors: dict[str, Placed] = {}
         for spec in graph.inputs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hemiola_runtime.errors import EngagementError
-from hemiola_runtime.schedule import Forward, Schedule
+from hemiola_runtime.schedule import KINDS, Schedule
 from hemiola_runtime.slot import Ran
 
 
@@ -42,6 +42,7 @@ class RunReport:
         wall_ms: milliseconds from the begin of the request, the encoding of its prompts included, to the last image.
         graph_bytes: device memory of the captured trajectory; None if it ran launch by launch.
         text: what became of the prompts; None where images are drawn of labels.
+        step_ms: milliseconds of each model evaluation, all its engines together; empty as `engine_ms` is.
     """
 
     schedule: str
@@ -53,6 +54,7 @@ class RunReport:
     wall_ms: float
     graph_bytes: int | None
     text: TextReport | None = None
+    step_ms: tuple[float, ...] = ()
 
     @property
     def overhead(self) -> float:
@@ -84,7 +86,8 @@ def report_of(
     Raises:
         EngagementError: other forwards ran than the schedule names.
     """
-    rhythm = _rhythm(ran.engines, tuple(forwards.items()))
+    steps = _steps(ran.engines, tuple(forwards.items()))
+    rhythm = "".join(symbol for symbol, _ in steps)
     if rhythm != schedule.rhythm:
         raise EngagementError(
             f"the schedule {name} is {schedule.rhythm}, but {rhythm} ran. The cache did not engage as promised; "
@@ -93,23 +96,37 @@ def report_of(
     engine_ms: dict[str, float] = defaultdict(float)
     for engine, milliseconds in zip(ran.engines, ran.engine_ms, strict=False):  # none of a captured trajectory
         engine_ms[engine] += milliseconds
-    counts = dict(Counter(ran.engines))
     return RunReport(
-        name, rhythm, batch_size, counts, dict(engine_ms), ran.trajectory_ms, wall_ms, ran.graph_bytes, text
+        schedule=name,
+        rhythm=rhythm,
+        batch_size=batch_size,
+        counts=dict(Counter(ran.engines)),
+        engine_ms=dict(engine_ms),
+        trajectory_ms=ran.trajectory_ms,
+        wall_ms=wall_ms,
+        graph_bytes=ran.graph_bytes,
+        text=text,
+        step_ms=tuple(sum(ran.engine_ms[i] for i in launches) for _, launches in steps) if ran.engine_ms else (),
     )
 
 
 @lru_cache  # every request of a schedule runs the same engines, and half of the host's time went into reading them
-def _rhythm(engines: tuple[str, ...], forwards: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
-    """Read forwards off the engines that ran, longer chains first: `deep` behind `front` is part of `full`."""
-    chains = sorted(((chain, Forward(name).symbol) for name, chain in forwards), key=lambda c: -len(c[0]))
-    of_steps = [engine for engine in engines if any(engine in chain for chain, _ in chains)]
-    rhythm, i = "", 0
-    while i < len(of_steps):
-        for chain, symbol in chains:
-            if tuple(of_steps[i : i + len(chain)]) == chain:
-                rhythm, i = rhythm + symbol, i + len(chain)
-                break
-        else:
-            rhythm, i = f"{rhythm}?", i + 1
-    return rhythm
+def _steps(
+    engines: tuple[str, ...], forwards: tuple[tuple[str, tuple[str, ...]], ...]
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Read steps off the engines that ran, longer chains first: `deep` behind `front` is part of `full`.
+
+    Returns:
+        The letter of each step, and which of the launches it was.
+    """
+    chains = sorted(((chain, KINDS[name]) for name, chain in forwards), key=lambda c: -len(c[0]))
+    of_steps = [(i, engine) for i, engine in enumerate(engines) if any(engine in chain for chain, _ in chains)]
+    launches, names = [i for i, _ in of_steps], tuple(engine for _, engine in of_steps)
+    steps: list[tuple[str, tuple[int, ...]]] = []
+    i = 0
+    while i < len(names):
+        fitting = ((symbol, len(chain)) for chain, symbol in chains if names[i : i + len(chain)] == chain)
+        symbol, length = next(fitting, ("?", 1))
+        steps.append((symbol, tuple(launches[i : i + length])))
+        i += length
+    return tuple(steps)

@@ -332,11 +332,11 @@ class Sampler:
                 if launch.step is None or i != last_of_step[launch.step] or launch.step + 1 == num_steps:
                     continue  # the last step is told only together with its result
                 program.wait_for(i)
-                forward = self._schedules[name].steps[launch.step].forward.value
-                yield Progress(launch.step, num_steps, forward, 1000 * (time.perf_counter() - start), None)
+                kind = self._schedules[name].steps[launch.step].kind
+                yield Progress(launch.step, num_steps, kind, 1000 * (time.perf_counter() - start), None)
             result = self._result(request, name, program, inputs, text, start)
-        forward = self._schedules[name].steps[-1].forward.value
-        yield Progress(num_steps - 1, num_steps, forward, result.report.wall_ms, result)
+        kind = self._schedules[name].steps[-1].kind
+        yield Progress(num_steps - 1, num_steps, kind, result.report.wall_ms, result)
 
     def _inputs(self, request: Request, name: str) -> tuple[dict[str, NDArray[Any]], TextReport | None]:
         assert self._components is not None

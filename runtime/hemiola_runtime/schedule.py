@@ -6,7 +6,9 @@ and knows nothing of engines, of bundles or of how schedules are found.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import groupby
@@ -18,6 +20,9 @@ from hemiola_runtime.codec import encode, parse, write_json
 from hemiola_runtime.errors import ScheduleError
 
 MAX_STEPS: Final = 10_000
+MAX_ORDER: Final = 4  # of a forecast
+COMPUTED: Final = "x"  # letters of a mask
+CACHED: Final = "."
 
 
 class Forward(str, Enum):
@@ -25,41 +30,102 @@ class Forward(str, Enum):
 
     FULL = "full"
     DEEP = "deep"
+    MASKED = "masked"
     TOKENS = "tokens"
     REUSE = "reuse"
+    RESIDUAL = "residual"
 
     @property
     def symbol(self) -> str:
-        """One letter for rhythms: F full, D deep, S selective (tokens), C cached (reuse)."""
-        return {"full": "F", "deep": "D", "tokens": "S", "reuse": "C"}[self.value]
+        """One letter for rhythms: F full, D deep, M masked, S selective (tokens), C cached (reuse), R residual."""
+        return {"full": "F", "deep": "D", "masked": "M", "tokens": "S", "reuse": "C", "residual": "R"}[self.value]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one model evaluation does.
 
+    What it does not compute it reads from the cache: as it was last computed, or as a *forecast*, a weighted sum of
+    what the last full steps computed. Forecasts are data: the weights come from whoever finds the schedule.
+
     Attributes:
         forward: which forward.
-        tokens: K, the number of tokens that `tokens` recomputes in each deep block; None for the other forwards.
+        tokens: K, the number of tokens that `tokens` recomputes in each deep block; or K of every deep block, for each
+            branch that is recomputed, in the model's order. None for the other forwards.
+        forecast: weights of what the last full steps computed, the newest first; empty to take the newest as it is.
     """
 
     forward: Forward
-    tokens: int | None
+    tokens: int | tuple[tuple[int, ...], ...] | None = None
+    forecast: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.forward is Forward.TOKENS:
-            if self.tokens is None or self.tokens < 1:
+            if self.tokens is None or not self.counts or min(self.counts) < 1:
                 raise ValueError(f"a step of `tokens` recomputes 1 token or more, not {self.tokens}; 0 is `reuse`")
         elif self.tokens is not None:
             raise ValueError(f"`{self.forward.value}` takes no token count, found {self.tokens}")
+        if self.forecast and self.forward is Forward.FULL:
+            raise ValueError("`full` reads no cache, so it takes no forecast")
+        if len(self.forecast) == 1 or len(self.forecast) > MAX_ORDER + 1:
+            raise ValueError(f"a forecast has 2 to {MAX_ORDER + 1} weights, not {len(self.forecast)}")
+        if self.forecast and not (all(map(math.isfinite, self.forecast)) and self.forecast[0]):
+            raise ValueError("the weights of a forecast are finite, and the newest one's is not 0")
+
+    @property
+    def order(self) -> int:
+        """Of the forecast: how many full steps before the last it looks back."""
+        return max(0, len(self.forecast) - 1)
+
+    @property
+    def kind(self) -> str:
+        """Name of the graph that does it: the forward's, with the order of its forecast, as in `reuse_2`."""
+        return f"{self.forward.value}_{self.order}" if self.order else self.forward.value
+
+    @property
+    def symbol(self) -> str:
+        """One letter for rhythms: the forward's, or the order of its forecast for a step that only reuses."""
+        return KINDS[self.kind]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Token counts, of whichever blocks; none for forwards without."""
+        if self.tokens is None or isinstance(self.tokens, int):
+            return () if self.tokens is None else (self.tokens,)
+        return tuple(count for branch in self.tokens for count in branch)
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest of them, 0 for forwards without."""
+        return max(self.counts, default=0)
 
 
-FULL: Final = Step(Forward.FULL, None)
-DEEP: Final = Step(Forward.DEEP, None)
-REUSE: Final = Step(Forward.REUSE, None)
+ORDER_SYMBOLS: Final = {Forward.REUSE: ("1", "2", "3", "4"), Forward.RESIDUAL: ("¹", "²", "³", "⁴")}
+KINDS: Final[Mapping[str, str]] = {forward.value: forward.symbol for forward in Forward} | {  # with their letters
+    f"{forward.value}_{order}": ORDER_SYMBOLS.get(forward, (forward.symbol,) * MAX_ORDER)[order - 1]
+    for forward in Forward
+    if forward is not Forward.FULL
+    for order in range(1, MAX_ORDER + 1)
+}
+
+FULL: Final = Step(Forward.FULL)
+DEEP: Final = Step(Forward.DEEP)
+MASKED: Final = Step(Forward.MASKED)
+REUSE: Final = Step(Forward.REUSE)
+RESIDUAL: Final = Step(Forward.RESIDUAL)
 
 
-def tokens(count: int) -> Step:
+def keeps_residual(kinds: Iterable[str]) -> bool:
+    """Tell whether some kind of step reads the residual of the whole model."""
+    return any(kind.partition("_")[0] == Forward.RESIDUAL.value for kind in kinds)
+
+
+def keeps_layers(kinds: Iterable[str]) -> bool:
+    """Tell whether some kind of step reads what single layers left."""
+    return any(kind.partition("_")[0] not in (Forward.FULL.value, Forward.RESIDUAL.value) for kind in kinds)
+
+
+def tokens(count: int | tuple[tuple[int, ...], ...]) -> Step:
     """Make a step that recomputes `count` tokens in each deep block."""
     return Step(Forward.TOKENS, count)
 
@@ -177,23 +243,26 @@ class Schedule:
     """Which forward runs at each model evaluation, and what that choice is bound to.
 
     Attributes:
-        schema: of the file, now 1.
+        schema: of the file, now 2.
         model: what it was made for.
         scheduler: what it was made for.
         guidance: `classifier_free` (every image is two rows) or `none`.
         deep_start: index of the first deep block, where `deep` and `tokens` begin to compute; None if neither occurs.
         selector: how tokens are ranked; None if `tokens` does not occur.
+        mask: what `masked` computes: for each branch of the model a string with one letter for each block, `x` if it is
+            computed, `.` if it comes from the cache. None if `masked` does not occur.
         steps: one per model evaluation; step 0 is the noisiest.
         found_by: where it comes from.
         measured: quality and cost figures by name, as `relative_l2` or `tera_flops_per_image`.
     """
 
-    schema: Literal[1]
+    schema: Literal[2]
     model: ModelIdentity
     scheduler: SchedulerIdentity
     guidance: Literal["classifier_free", "none"]
     deep_start: int | None
     selector: TokenSelector | None
+    mask: tuple[str, ...] | None
     steps: tuple[Step, ...]
     found_by: FoundBy
     measured: dict[str, float]
@@ -216,6 +285,18 @@ class Schedule:
             raise ValueError(f"deep_start is 0 or more, not {self.deep_start}")
         if (Forward.TOKENS in self.counts) != (self.selector is not None):
             raise ValueError("a selector is given exactly when a step is `tokens`")
+        if (Forward.MASKED in self.counts) != (self.mask is not None):
+            raise ValueError("a mask is given exactly when a step is `masked`")
+        if self.mask is not None:
+            check_mask(self.mask)
+        num_computed = 0
+        for i, step in enumerate(self.steps):
+            if step.order >= max(1, num_computed):
+                raise ValueError(
+                    f"step {i} forecasts by {step.order + 1} full steps, but only {num_computed} come before it. "
+                    "Lower the order of its forecast"
+                )
+            num_computed += step.forward is Forward.FULL
 
     @property
     def counts(self) -> Counter[Forward]:
@@ -225,7 +306,22 @@ class Schedule:
     @property
     def rhythm(self) -> str:
         """The schedule as a string of letters, as in `FCSCFCSC`."""
-        return "".join(step.forward.symbol for step in self.steps)
+        return "".join(step.symbol for step in self.steps)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The graphs that it takes, each once."""
+        return tuple(dict.fromkeys(step.kind for step in self.steps))
+
+    @property
+    def order(self) -> int:
+        """The highest order of its forecasts."""
+        return max(step.order for step in self.steps)
+
+    @property
+    def has_block_counts(self) -> bool:
+        """Whether some step recomputes other numbers of tokens in other blocks."""
+        return any(isinstance(step.tokens, tuple) for step in self.steps)
 
     @property
     def num_full(self) -> int:
@@ -235,7 +331,8 @@ class Schedule:
     @property
     def summary(self) -> str:
         """The counts in words, as in `17 full, 23 reuse, 10 tokens`."""
-        return ", ".join(f"{count} {forward.value}" for forward, count in self.counts.most_common())
+        counts = Counter(step.kind for step in self.steps)
+        return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
     def segments(self) -> list[tuple[int, int]]:
         """Run-length form of the segments that each begin with a full step: (length, how many in a row)."""
@@ -248,9 +345,23 @@ class Schedule:
             self,
             deep_start=None,
             selector=None,
+            mask=None,
             steps=(FULL,) * len(self.steps),
             found_by=replace(self.found_by, strategy="full", arguments={}),
             measured={},
+        )
+
+
+def check_mask(mask: tuple[str, ...]) -> None:
+    """Make sure that a mask is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    letters = {letter for blocks in mask for letter in blocks}
+    if len({len(blocks) for blocks in mask}) != 1 or not {COMPUTED} <= letters <= {COMPUTED, CACHED}:
+        raise ValueError(
+            f"{list(mask)} is no mask: strings of x and . as long as there are blocks, with an x somewhere"
         )
 
 

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from hemiola_export.components import VaeDecoder
 from hemiola_export.model import Model
+from hemiola_export.patches import from_patches
 from hemiola_export.trajectory import Trajectory
 from hemiola_runtime.results import latents_to_pixels
 from hemiola_runtime.schedule import FULL
 from hemiola_search.errors import SearchError
 from hemiola_search.judge import Judge
+from hemiola_search.perceptual import Perception
 from hemiola_search.problem import Candidate, Problem, Scored
 from hemiola_search.quality import psnr, relative_l2, ssim
 from hemiola_search.tasks import Task
@@ -23,72 +25,121 @@ from hemiola_search.tasks import Task
 LATENTS_DECODED_AT_ONCE: Final = 8 * 32 * 32  # a VAE's activations are large: eight pictures of 256 × 256 pixels
 
 OnStep = Callable[[], None]
+Latents = NDArray[np.float32]
 
 
 class Evaluator:
-    """Scores candidates on the same images, whose uncached run it keeps."""
+    """Scores candidates on the same images, whose uncached run it keeps; on a GPU where there is one."""
 
-    def __init__(self, model: Model, problem: Problem, task: Task, judge: Judge | None, on_step: OnStep) -> None:
+    def __init__(
+        self,
+        model: Model,
+        problem: Problem,
+        task: Task,
+        judge: Judge | None,
+        on_step: OnStep,
+        *,
+        perception: Perception | None = None,
+        follows: bool = False,
+    ) -> None:
+        """Draw the uncached images.
+
+        Args:
+            model: the model.
+            problem: what is searched for.
+            task: the images.
+            judge: for agreement and Fréchet distance; None where there is none.
+            on_step: told after every step that is computed.
+            perception: for figures by pretrained networks; None where none were asked for.
+            follows: whether errors are told along the trajectory too.
+        """
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model
+        self._family = model.family.to(self._device)
         self._problem = problem
-        self._requests = task.requests
+        self._requests = task.requests.to(self._device)
         self._answers = task.answers
+        self._prompts = task.prompts
         self._judge = judge
+        self._perception = perception
         self._on_step = on_step
+        self._follows = follows
         self._decoder = None if model.vae is None else VaeDecoder(model.vae, model.family.patch_size, None)
-        self._uncached = Candidate(
-            "full", "uncached", problem.scheduler.num_inference_steps, (FULL,) * problem.num_evaluations
-        )
-        self._reference = self._latents(self._uncached)
+        if self._decoder is not None:
+            self._decoder.to(self._device)
+        steps = (FULL,) * problem.num_evaluations
+        self._uncached = Candidate("full", "uncached", problem.num_inference_steps, steps)
+        self._samples: list[Latents] = []  # of the uncached run, behind every step
+        self._reference = self._run(self._uncached, self._samples)
         self._reference_images = self._images(self._reference)
 
-    def score_uncached(self) -> Scored:
-        """Return the figures of the uncached run itself."""
-        return self._judged(self._uncached, self._reference, self._reference_images)
-
     def score(self, candidate: Candidate) -> Scored:
-        """Run a candidate; returns it with the means of its figures."""
-        latents = self._latents(candidate)
-        return self._judged(candidate, latents, self._images(latents))
+        """Run a candidate; returns it with its figures."""
+        if candidate.key == self._uncached.key:
+            return self._judged(candidate, self._reference, self._reference_images, ())
+        samples: list[Latents] = []
+        latents = self._run(candidate, samples)
+        pairs = zip(samples, self._samples, strict=True) if len(samples) == len(self._samples) else ()
+        path = tuple(float(relative_l2(mine, theirs).mean()) for mine, theirs in pairs)
+        return self._judged(candidate, latents, self._images(latents), path)
 
-    def _judged(self, candidate: Candidate, latents: NDArray[np.float32], images: NDArray[np.float32]) -> Scored:
-        quality = {
-            "relative_l2": float(relative_l2(latents, self._reference).mean()),
-            "psnr": float(psnr(images, self._reference_images).mean()),
-            "ssim": float(ssim(images, self._reference_images).mean()),
+    def _judged(self, candidate: Candidate, latents: Latents, images: Latents, path: tuple[float, ...]) -> Scored:
+        found = {
+            "relative_l2": relative_l2(latents, self._reference),
+            "psnr": psnr(images, self._reference_images),
+            "ssim": ssim(images, self._reference_images),
         }
-        if not np.isfinite(list(quality.values())).all():
+        if not all(np.isfinite(values).all() for values in found.values()):
             raise SearchError(
                 f"the images of {candidate.strategy} {candidate.name} are not finite: the trajectory diverges. "
                 "Lower --guidance-scale, or try another --scheduler"
             )
+        totals: dict[str, float] = {}
+        if self._perception is not None:
+            samples, totals = self._perception.look(images, self._reference_images, self._prompts)
+            found |= {name: np.asarray(values) for name, values in samples.items()}
         if self._judge is not None:
             read, features = self._judge.look(images)
             if self._answers is not None:
-                quality["agreement"] = float((read == self._answers).mean())
+                found["agreement"] = (read == self._answers).astype(np.float64)
             if len(features) > features.shape[1]:  # below, their covariance has not full rank
-                quality["frechet"] = self._judge.frechet(features)
-        return Scored(candidate, quality)
+                totals["frechet"] = self._judge.frechet(features)
+        return Scored(candidate, {name: tuple(map(float, values)) for name, values in found.items()}, totals, path)
 
-    def _latents(self, candidate: Candidate) -> NDArray[np.float32]:
+    def _run(self, candidate: Candidate, samples: list[Latents]) -> Latents:
+        """Draw the final latents; `samples` are filled with those behind every step, if they are followed."""
         problem = self._problem
         trajectory = Trajectory(
-            family=self._model.family,
+            family=self._family,
             table=problem.table(candidate.num_steps),
             steps=candidate.steps,
             is_guided=problem.guidance == "classifier_free",
-            deep_start=problem.deep_start if candidate.is_deep else None,
-            selector=problem.options.selector if candidate.is_selective else None,
+            deep_start=candidate.deep_start,
+            selector=candidate.selector,
+            mask=candidate.mask,
+            has_block_counts=candidate.has_block_counts,
             pixels_per_latent=self._model.pixels_per_latent,
         )
-        drawn: NDArray[np.float32] = trajectory.run(self._requests, on_step=self._on_step).numpy()
-        return drawn
+        if not self._follows:
+            drawn: Latents = trajectory.run(self._requests, on_step=self._on_step).cpu().numpy()
+            return drawn
+        size = (self._requests.noise.shape[2], self._requests.noise.shape[3])
+        followed: list[list[Latents]] = []  # of each part, behind every step
+        with torch.inference_mode():
+            for part in trajectory.parts(self._requests):
+                followed.append([])
+                for moment in trajectory.walk(part):
+                    patches = moment.after["next_state"][0]
+                    followed[-1].append(from_patches(patches, self._family.patch_size, size).cpu().numpy())
+                    self._on_step()
+        samples += [np.concatenate(of_step) for of_step in zip(*followed, strict=True)]
+        return samples[-1]
 
-    def _images(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _images(self, latents: Latents) -> Latents:
         if self._decoder is None:
             return latents_to_pixels(latents)
         with torch.inference_mode():
             at_once = max(1, LATENTS_DECODED_AT_ONCE // latents[0, 0].size)
-            parts = torch.from_numpy(latents).split(at_once)
-            images: NDArray[np.float32] = torch.cat([self._decoder.decode(x) for x in parts]).numpy()
+            parts = torch.from_numpy(latents).to(self._device).split(at_once)
+            images: Latents = torch.cat([self._decoder.decode(x) for x in parts]).cpu().numpy()
         return images

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from hemiola_runtime.artifacts import sha256_of
 from hemiola_search.errors import SearchError
 from hemiola_search.quality import Floats, frechet_distance
 
 
 class Judge:
-    """Reads labels off images, and tells how far a set of images is from real ones."""
+    """Reads labels off images, and tells how far a set of images is from real ones.
+
+    Attributes:
+        digest: of its files.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Load the judge of a folder.
@@ -28,11 +34,8 @@ class Judge:
             SearchError: there is none, or it is not what this module's head describes.
         """
         try:
-            settings = ort.SessionOptions()
-            settings.log_severity_level = 3
-            self._session = ort.InferenceSession(
-                (folder / "judge.onnx").read_bytes(), settings, providers=["CPUExecutionProvider"]
-            )
+            self._graph = (folder / "judge.onnx").read_bytes()
+            self._session = _session(self._graph)
             with np.load(io.BytesIO((folder / "statistics.npz").read_bytes()), allow_pickle=False) as statistics:
                 self._mean, self._covariance = statistics["mean"], statistics["covariance"]
         except Exception as error:  # onnxruntime's exceptions share no public base class
@@ -46,6 +49,14 @@ class Judge:
                 f"{self._covariance.shape}, where (F,) and (F, F) belong together, of 2 features or more"
             )
         self._folder = folder
+        self.digest = sha256_of(self._graph + (folder / "statistics.npz").read_bytes())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_session"}  # which cannot be sent
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._session = _session(self._graph)
 
     def look(self, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the label that is read off each image (n,), and its features (n, F)."""
@@ -65,3 +76,9 @@ class Judge:
     def frechet(self, features: Floats) -> float:
         """Return the Fréchet distance between features (n, F) and those of the real images."""
         return frechet_distance(features, self._mean, self._covariance)
+
+
+def _session(graph: bytes) -> ort.InferenceSession:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    return ort.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import base64
-from collections import Counter
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from hemiola_runtime.bench import Machine, Measurement
 from hemiola_runtime.graph_set import UNCACHED
-from hemiola_runtime.graphs import CONDITIONING, VAE_DECODER
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.schedule import Forward, Schedule
+from hemiola_search.appearance import amount, look_of, significant
+from hemiola_search.comparison import (
+    ERROR,
+    Row,
+    Verdict,
+    budget_text,
+    chosen_point,
+    costs_text,
+    described,
+    findings_of,
+    rows_of,
+    strategies_of,
+    uncached_point,
+)
 from hemiola_search.errors import SearchError
-from hemiola_search.plots import NAMES, ParetoPoint, pareto_plot
+from hemiola_search.plots import SHEETS, marker_outline, pareto_plot, path_plot
+from hemiola_search.problem import Candidate
 from hemiola_search.record import Point, SearchRecord
+from hemiola_search.score import NOTES, in_words, note_id, score
 
 DIFFERENCE_GAIN: Final = 4  # differences are drawn this many times stronger
+SMALL_SIDE: Final = 96  # of pictures, in pixels; smaller ones are enlarged without smoothing
 
 Pixels = NDArray[np.uint8]
 
@@ -33,7 +50,7 @@ class ReportInput:
     Attributes:
         record: of the search.
         manifest: of the bundle.
-        schedules: of the bundle; the first is the one that was found.
+        schedules: of the bundle; one of them is what the search chose.
         measured: by schedule.
         batch_size: of the measurement.
         machine: where it was made.
@@ -53,83 +70,54 @@ class ReportInput:
     prompts: Sequence[str] = ()
 
 
-class LatencyModel:
-    """Milliseconds per image of any schedule: the sum of its forwards, as they were measured."""
-
-    def __init__(self, measured: Mapping[str, Measurement], batch_size: int, num_steps: int) -> None:
-        self._batch_size = batch_size
-        self._num_steps = num_steps
-        samples: dict[str, list[float]] = {}
-        for row in measured.values():
-            for engine, spread in row.engines.items():
-                samples.setdefault(engine, []).append(spread.median_ms)
-        full = measured[UNCACHED].engines
-        self._engines = {engine: min(values) for engine, values in samples.items()} | {
-            engine: spread.median_ms for engine, spread in full.items()
-        }
-
-    def latency(self, rhythm: str) -> float | None:
-        """Return milliseconds per image; None where one of the forwards was not measured."""
-        symbols = {forward.symbol: forward.value for forward in Forward}
-        total = self._engines[CONDITIONING] * len(rhythm) / self._num_steps + self._engines.get(VAE_DECODER, 0.0)
-        for symbol, count in Counter(rhythm).items():
-            if symbols[symbol] not in self._engines:
-                return None
-            total += count * self._engines[symbols[symbol]]
-        return total / self._batch_size
-
-
 def render_report(given: ReportInput) -> str:
-    """Write the page."""
-    record, measured = given.record, given.measured
-    chosen_name = next(iter(given.schedules))
-    chosen = measured[chosen_name]
-    latency = LatencyModel(measured, given.batch_size, len(given.schedules[UNCACHED].steps))
-    held_out = [point for point in record.points if point.images == "held_out"]
-    _check_record(record, given)
-    best = next((point for point in held_out if point.rhythm == chosen.rhythm), held_out[0])
+    """Write the page.
+
+    Raises:
+        SearchError: the record is not of the search that the bundle's schedules come from.
+    """
+    record, keys = given.record, keys_of(given.schedules)
+    name = chosen_schedule(record, given.manifest, given.schedules)
+    best, uncached = chosen_point(record), uncached_point(record)
     environment = Environment(
-        loader=PackageLoader("hemiola_search"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("hemiola_search"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     backend = given.manifest.backend
+    budgets = {budget: rows_of(record, budget) for budget in record.limits}
     page: str = environment.get_template("report.html.j2").render(
-        title=f"{record.model}: {record.sampler} with {NAMES.get(best.strategy, best.strategy)}",
-        subtitle=f"{backend.name} {backend.version}, {given.manifest.precision}, guidance {record.guidance_scale:g}",
-        headline=_headline(chosen, best),
-        rhythms=[
-            {"name": NAMES.get(name, name), "summary": schedule.summary, "letters": schedule.rhythm}
-            for name, schedule in given.schedules.items()
-        ],
-        image_note="Drawn by the engines of the bundle from the same noise. Differences from the uncached images are "
-        f"{DIFFERENCE_GAIN} times enlarged around grey."
-        + (f" From left to right: {'; '.join(given.prompts)}." if given.prompts else ""),
-        image_rows=_image_rows(given),
-        pareto=pareto_plot(_pareto_points(record.points, latency, chosen.rhythm)),
-        pareto_note=f"Errors against the uncached run in PyTorch, means over {record.num_held_out} images that were "
-        f"not searched on (pale: all candidates, on the {record.num_images} images of the search). "
-        f"Latencies are sums of forwards as measured below, at batch {given.batch_size}.",
-        has_judge=any("agreement" in point.quality for point in held_out),
-        rows=_rows(held_out, latency, chosen.rhythm),
-        table_note=_table_note(record, held_out),
-        machine_note=f"{given.machine.processor}, {given.machine.num_cores} cores, Python {given.machine.python}; "
-        f"batch {given.batch_size}; requests of all schedules in turn, speed-up is the median of ratios of neighbours.",
-        measured=_measured_rows(measured),
-        engines=_engine_rows(measured),
+        title=f"{record.model}: {record.sampler}, {best.budget}",
+        subtitle=f"Schedule by {described(best)}; guidance {record.guidance_scale:g}; searched on {record.num_images} "
+        f"images, {record.effort}. Engines: {backend.name} {backend.version}, {given.manifest.precision}",
+        headline=_headline(given.measured[name], best, next(iter(budgets.values()))),
+        record=record,
+        costs=costs_text(record),
+        looks={strategy: look_of(strategy) for strategy in ("full", *strategies_of(record), *_failed(record))},
+        outlines={s: Markup(marker_outline(s)) for s in ("full", *strategies_of(record), *_failed(record))},
+        pareto=[(sheet.name, Markup(pareto_plot(record, sheet))) for sheet in SHEETS],
+        paths=[(sheet.name, Markup(path_plot(record, sheet))) for sheet in SHEETS],
+        path_legend=_path_legend(next(iter(budgets.values()))),
+        budgets=[_budget(record, budget, rows, keys) for budget, rows in budgets.items()],
+        uncached=_cells(record, uncached),
+        figures=_figures(record),
+        has_gflop=record.costs.unit != "GFLOP",
+        notes=NOTES,
+        letters=[letter for letter in NOTES if any(letter in point.rhythm for point in record.held_out)],
+        note_id=note_id,
+        gain=DIFFERENCE_GAIN,
+        prompts=given.prompts,
+        images=_images(given, keys),
+        machine=given.machine,
+        batch_size=given.batch_size,
+        measured=_measured_rows(given, keys),
+        promised=f"{uncached.cost / best.cost:.2f}×",
+        forwards=_forward_rows(given),
         made_by=_made_by(record, given.manifest),
     )
     return page
-
-
-def _check_record(record: SearchRecord, given: ReportInput) -> None:
-    """Make sure that a record is of the search that the bundle's schedules come from."""
-    model, rhythms = given.manifest.pipeline.model.name, [schedule.rhythm for schedule in given.schedules.values()]
-    if record.model != model or record.chosen not in rhythms:
-        raise SearchError(
-            f"the record is of a search for {record.model} that chose {record.chosen}, but the bundle is of {model} "
-            "and runs no such schedule. Give the search.json beside the schedule that was exported"
-        )
-    if not any(point.images == "held_out" and point.strategy == UNCACHED for point in record.points):
-        raise SearchError("the record holds no uncached run to compare with; `hemiola search` writes valid records")
 
 
 def difference_image(images: Pixels, reference: Pixels) -> Pixels:
@@ -138,100 +126,212 @@ def difference_image(images: Pixels, reference: Pixels) -> Pixels:
     return np.asarray(np.clip(128 + DIFFERENCE_GAIN * difference, 0, 255).astype(np.uint8))
 
 
-def _headline(chosen: Measurement, best: Point) -> list[dict[str, str]]:
+def keys_of(schedules: Mapping[str, Schedule]) -> dict[str, str]:
+    """Return by what key a record knows each schedule, by name."""
+    return {
+        name: Candidate(
+            "",
+            "",
+            schedule.scheduler.num_inference_steps,
+            schedule.steps,
+            schedule.deep_start,
+            schedule.selector,
+            schedule.mask,
+        ).key
+        for name, schedule in schedules.items()
+    }
+
+
+def chosen_schedule(record: SearchRecord, manifest: Manifest, schedules: Mapping[str, Schedule]) -> str:
+    """Return the name of the schedule that a search chose, among those of a bundle.
+
+    Raises:
+        SearchError: the record is not of the search that the bundle's schedules come from.
+    """
+    model = manifest.pipeline.model.name
+    named = [name for name, key in keys_of(schedules).items() if key == record.chosen]
+    if record.model != model or not named:
+        raise SearchError(
+            f"the record is of a search for {record.model} that chose {described(chosen_point(record))}, but the "
+            f"bundle is of {model} and runs {', '.join(schedules)}, none of which is that schedule. Give the "
+            "search.json beside the schedule that was exported"
+        )
+    return named[0]
+
+
+def _headline(chosen: Measurement, best: Point, rows: Sequence[Row]) -> list[dict[str, str]]:
+    row = next(row for row in rows if row.point == best)
     figures = [
-        {"value": f"{chosen.speedup:.2f}×", "name": "faster than uncached, end to end"},
-        {"value": f"{best.quality['relative_l2']:.2%}", "name": "relative L2 error of the latents"},
-        {"value": f"{best.quality['psnr']:.1f} dB", "name": "PSNR against uncached"},
+        {"value": f"{chosen.speedup:.2f}×", "name": "faster than uncached, measured end to end", "range": ""},
+        _headline_figure(best, ERROR, "relative L2 error of the latents", significant),
+        _headline_figure(best, "psnr", "PSNR against uncached, dB", "{:.1f}".format),
     ]
+    if row.of_uniform is not None and row.verdict is not Verdict.SAME:
+        said = "of the uniform period’s error at this cost"
+        figures.insert(2, {"value": f"{row.of_uniform:.2f}×", "name": said, "range": ""})
     if "agreement" in best.quality:
-        figures.append({"value": f"{best.quality['agreement']:.1%}", "name": "as asked, by the judge"})
+        figures.append(_headline_figure(best, "agreement", "as asked, by the judge", "{:.1%}".format))
     return figures
 
 
-def _image_rows(given: ReportInput) -> list[dict[str, str]]:
+def _headline_figure(point: Point, name: str, said: str, write: Any) -> dict[str, str]:
+    return {"value": write(point.quality[name]), "name": said, "range": _range(point, name, write)}
+
+
+def _range(point: Point, name: str, write: Any) -> str:
+    """Write an interval, nothing where there is none."""
+    if name not in point.intervals:
+        return ""
+    low, high = map(write, point.intervals[name])
+    return f"{low.removesuffix('%')}–{high}"
+
+
+def _figures(record: SearchRecord) -> list[str]:
+    """Return which figures the table shows beside the error."""
+    known = ("psnr", "ssim", "agreement", "frechet")
+    return [name for name in known if any(name in point.quality for point in record.held_out)]
+
+
+def _failed(record: SearchRecord) -> list[str]:
+    names = dict.fromkeys(name for failures in record.failures.values() for name in failures)
+    return [name for name in names if name not in strategies_of(record)]
+
+
+def _budget(record: SearchRecord, budget: str, rows: Sequence[Row], keys: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "name": budget,
+        "heading": budget_text(record, budget),
+        "findings": findings_of(record, budget),
+        "rows": [_row(record, row, keys) for row in rows],
+        "failures": record.failures.get(budget, {}),
+    }
+
+
+def _row(record: SearchRecord, row: Row, keys: Mapping[str, str]) -> dict[str, Any]:
+    point = row.point
+    return {
+        **_cells(record, point),
+        "speedup": f"{row.speedup:.2f}×",
+        "searched": "–" if row.searched is None else significant(row.searched.quality[ERROR]),
+        "of_procache": "–" if row.of_procache is None else f"{row.of_procache:.2f}×",
+        "of_uniform": "–" if row.of_uniform is None else f"{row.of_uniform:.2f}×",
+        "verdict": "" if row.verdict is None else row.verdict.value,
+        "is_worse": row.verdict is Verdict.WORSE,
+        "is_chosen": row.is_chosen,
+        "same_as": ", ".join(look_of(strategy).name for strategy in row.same_as),
+        "in_bundle": [name for name, key in keys.items() if key == point.key],
+        "words": in_words(point.rhythm),
+        "rhythm": point.rhythm,
+        "bars": score(point.rhythm),
+    }
+
+
+def _cells(record: SearchRecord, point: Point) -> dict[str, Any]:
+    """Write out the figures of a point."""
+    writers = {
+        "psnr": "{:.1f}".format,
+        "ssim": "{:.4f}".format,
+        "agreement": "{:.1%}".format,
+        "frechet": "{:.4g}".format,
+    }
+    is_uncached = point.strategy == UNCACHED
+    figures = []
+    for name in _figures(record):
+        is_told = name in point.quality and not (is_uncached and name == "psnr")  # of itself it says nothing
+        value = writers[name](point.quality[name]) if is_told else "–"
+        interval = "" if is_uncached or not is_told else _range(point, name, writers[name])
+        figures.append({"value": value, "interval": interval})
+    return {
+        "strategy": point.strategy,
+        "name": point.name,
+        "num_full": point.num_full,
+        "num_steps": len(point.rhythm),
+        "cost": amount(point.cost),
+        "error": significant(point.quality[ERROR]),
+        "interval": "" if is_uncached else _range(point, ERROR, significant),
+        "figures": figures,
+        "gflop": amount(1000 * point.tera_flops),
+    }
+
+
+def _path_legend(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [
+        {
+            "strategy": row.point.strategy,
+            "error": significant(row.error),
+            "is_chosen": row.is_chosen,
+            "has_path": bool(row.point.path),
+        }
+        for row in rows
+    ]
+
+
+def _images(given: ReportInput, keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    points = {point.key: point for point in reversed(given.record.held_out)}
     rows = []
     for name in (UNCACHED, *(name for name in given.schedules if name != UNCACHED)):
-        rows.append((NAMES.get(name, name), given.pictures[name]))
+        point, pictures = points.get(keys[name]), {"images": given.pictures[name]}
         if name in given.differences:
-            rows.append(("difference", given.differences[name]))
-    return [{"name": name, "png": base64.b64encode(png).decode()} for name, png in rows]
-
-
-def _pareto_points(points: Sequence[Point], latency: LatencyModel, chosen: str) -> list[ParetoPoint]:
-    drawn = []
-    for point in points:
-        milliseconds = latency.latency(point.rhythm)
-        if milliseconds is not None and point.strategy != UNCACHED:
-            is_minor = point.images == "searched"
-            is_chosen = point.rhythm == chosen and not is_minor
-            drawn.append(ParetoPoint(point.strategy, milliseconds, point.quality["relative_l2"], is_chosen, is_minor))
-    return drawn
-
-
-def _rows(points: Sequence[Point], latency: LatencyModel, chosen: str) -> list[dict[str, Any]]:
-    uncached = latency.latency(next(point.rhythm for point in points if point.strategy == UNCACHED))
-    assert uncached is not None
-    rows = []
-    for point in points:
-        milliseconds, quality = latency.latency(point.rhythm), point.quality
+            pictures["difference"] = given.differences[name]
+        _, height = struct.unpack(">II", given.pictures[name][16:24])  # of the PNG's header
         rows.append(
             {
-                "name": f"{NAMES.get(point.strategy, point.strategy)} {point.name}".replace(
-                    "uncached uncached", "uncached"
-                ),
-                "is_chosen": point.rhythm == chosen,
-                "num_full": point.rhythm.count("F"),
-                "latency": "–" if milliseconds is None else f"{milliseconds:.1f}",
-                "speedup": "–" if milliseconds is None else f"{uncached / milliseconds:.2f}×",
-                "relative_l2": f"{quality['relative_l2']:.4f}",
-                "psnr": "–" if point.strategy == UNCACHED else f"{quality['psnr']:.1f}",
-                "ssim": f"{quality['ssim']:.4f}",
-                "agreement": f"{quality['agreement']:.1%}" if "agreement" in quality else "–",
-                "frechet": f"{quality['frechet']:.4g}" if "frechet" in quality else "–",
-                "gflops": f"{1000 * point.tera_flops:.1f}",
+                "name": look_of(name).name,
+                "summary": "" if name == UNCACHED else in_words(given.schedules[name].rhythm),
+                "error": "" if point is None or name == UNCACHED else significant(point.quality[ERROR]),
+                "is_chosen": keys[name] == given.record.chosen,
+                "is_small": height <= SMALL_SIDE,
+                "pictures": {kind: base64.b64encode(png).decode() for kind, png in pictures.items()},
             }
         )
     return rows
 
 
-def _table_note(record: SearchRecord, points: Sequence[Point]) -> str:
-    note = f"{record.num_held_out} held-out images. GFLOP per image by the FLOPs model."
-    if any("frechet" in point.quality for point in points):
-        note += (
-            " Fréchet is the distance to the real images in the feature space of the model's own judge; it is not FID, "
-            "and on so few images it only compares rows of this table."
-        )
-    return note
-
-
-def _measured_rows(measured: Mapping[str, Measurement]) -> list[dict[str, str]]:
+def _measured_rows(given: ReportInput, keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    costs = {point.key: point.cost for point in given.record.held_out}
+    uncached, unit = uncached_point(given.record).cost, given.record.costs.unit
     return [
         {
-            "name": NAMES.get(name, name),
+            "name": look_of(name).name,
+            "is_chosen": keys[name] == given.record.chosen,
+            "per_image": f"{row.wall.median_ms / given.batch_size:.1f}",
             "median": f"{row.wall.median_ms:.1f}",
             "p10": f"{row.wall.p10_ms:.1f}",
             "p90": f"{row.wall.p90_ms:.1f}",
             "speedup": f"{row.speedup:.2f}×",
+            "cost": f"{amount(costs[keys[name]])} {unit}" if keys[name] in costs else "–",
+            "promised": f"{uncached / costs[keys[name]]:.2f}×" if keys[name] in costs else "–",
             "overhead": f"{row.overhead:.1%}",
         }
-        for name, row in measured.items()
+        for name, row in given.measured.items()
     ]
 
 
-def _engine_rows(measured: Mapping[str, Measurement]) -> list[dict[str, str]]:
-    full_ms = measured[UNCACHED].engines["full"].median_ms
-    spreads = {engine: spread for row in reversed(list(measured.values())) for engine, spread in row.engines.items()}
-    return [
-        {
-            "name": engine,
-            "median": f"{spread.median_ms:.3f}",
-            "p10": f"{spread.p10_ms:.3f}",
-            "p90": f"{spread.p90_ms:.3f}",
-            "share": f"{spread.median_ms / full_ms:.1%}",
-        }
-        for engine, spread in sorted(spreads.items(), key=lambda item: -item[1].median_ms)
-    ]
+def _forward_rows(given: ReportInput) -> list[dict[str, str]]:
+    """List every kind of step with the engines that make it up, and what runs beside the steps."""
+    spreads = {
+        engine: spread for row in reversed(list(given.measured.values())) for engine, spread in row.engines.items()
+    }
+    chains = {kind: chain for kind, chain in given.manifest.forwards.items() if set(chain) <= set(spreads)}
+    in_steps = {engine for chain in given.manifest.forwards.values() for engine in chain}
+    chains |= {engine: (engine,) for engine in spreads if engine not in in_steps}
+    full = sum(spreads[engine].median_ms for engine in chains.get(Forward.FULL.value, ()))
+    rows = []
+    for kind, chain in sorted(chains.items(), key=lambda item: -sum(spreads[e].median_ms for e in item[1])):
+        median, p10, p90 = (
+            sum(getattr(spreads[engine], name) for engine in chain) for name in ("median_ms", "p10_ms", "p90_ms")
+        )
+        rows.append(
+            {
+                "name": kind,
+                "engines": " + ".join(chain),
+                "median": f"{median:.3f}",
+                "p10": f"{p10:.3f}",
+                "p90": f"{p90:.3f}",
+                "share": f"{median / full:.1%}" if full else "–",
+            }
+        )
+    return rows
 
 
 def _made_by(record: SearchRecord, manifest: Manifest) -> str:

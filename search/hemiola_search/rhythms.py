@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hemiola_runtime.schedule import FULL, REUSE, Forward, Step
 from hemiola_search.errors import SearchError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,13 @@ def with_selective_steps(steps: Sequence[Step], selective: Step) -> tuple[Step, 
         since_full = 0 if step.forward is Forward.FULL else since_full + 1
         injected.append(selective if since_full and since_full % 2 == 0 else step)
     return tuple(injected)
+
+
+def sampled(space: Sequence[T], most: int) -> list[T]:
+    """Return a space, or a regular sample of it with its first and its last where it is too large."""
+    if len(space) <= most:
+        return list(space)
+    return [space[round(i * (len(space) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 def default_v_max(num_steps: int, budget: int) -> int:

@@ -1,33 +1,26 @@
-"""The search stage as one function: a model, a sampler and a budget become a schedule and a record of the trials."""
+"""The search stage as one function: a model, a sampler and budgets become a schedule and a record of the trials."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
 
-from hemiola_export.errors import UnsupportedSolverError
-from hemiola_export.model import Model
 from hemiola_export.selection import check_selector
-from hemiola_export.solver import measure_solver
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.schedule import FoundBy, Schedule
-from hemiola_runtime.solver_table import SolverTable
-from hemiola_search.costs import FlopsModel
+from hemiola_runtime.schedule import Schedule
+from hemiola_search.budget import Budget
+from hemiola_search.costs import MeasuredCosts
 from hemiola_search.errors import SearchError
-from hemiola_search.evaluator import Evaluator
-from hemiola_search.judge import Judge
-from hemiola_search.problem import Candidate, Problem, Scored, SearchOptions, first_deep_block
-from hemiola_search.record import Point, SearchRecord
-from hemiola_search.strategies import BASELINES, STRATEGIES
-from hemiola_search.strategies.published import published_candidate
-from hemiola_search.tasks import Subjects, draw_task
+from hemiola_search.laboratory import Laboratory
+from hemiola_search.problem import Problem, Scored
+from hemiola_search.record import CostSource, Point, SearchRecord
+from hemiola_search.schedules import schedule_of
+from hemiola_search.statistics import bootstrap_interval
+from hemiola_search.strategies import EXPECTED, STRATEGIES
+from hemiola_search.targets import Target
 
-HELD_OUT_SEED: Final = 1_000_000  # added to the seeds of held-out images: none of them was searched on
-OTHER_BUDGETS: Final = (0.2, 0.26, 0.5)  # shares of T at which the record holds the baselines too
-
-Guidance = Literal["classifier_free", "none"]
+BASELINES: Final = ("fewer_steps", "uniform", "procache")  # which are exported beside what was found
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +28,7 @@ class Found:
     """What a search gives.
 
     Attributes:
-        schedule: the best that the strategy found.
+        schedule: the best that was found.
         baselines: what every report compares it with, at its budget, by strategy.
         record: everything that was tried.
     """
@@ -45,174 +38,159 @@ class Found:
     record: SearchRecord
 
 
-def problem_for(
-    model: Model, scheduler: Any, num_inference_steps: int, options: SearchOptions, guidance: Guidance
-) -> Problem:
-    """State what is searched for.
+@dataclass
+class _Outcome:
+    """What the strategies found for one budget."""
 
-    Args:
-        model: the model.
-        scheduler: a diffusers scheduler object.
-        num_inference_steps: T.
-        options: what the user asks for.
-        guidance: whether every image is two rows.
-    """
-    family = model.family
-
-    @functools.cache
-    def table(num_steps: int) -> SolverTable:
-        return measure_solver(scheduler, num_steps)
-
-    flops = FlopsModel(
-        width=family.width,
-        num_tokens=family.num_tokens,
-        num_blocks=len(family.blocks),
-        deep_start=first_deep_block(len(family.blocks), options.deep_ratio),
-        rows_per_image=2 if guidance == "classifier_free" else 1,
-        num_text_tokens=None if model.text is None else model.text.tokenizer.num_tokens,
-    )
-    return Problem(
-        table=table,
-        num_inference_steps=num_inference_steps,
-        guidance=guidance,
-        options=options,
-        latent_shape=family.latent_shape,
-        num_blocks=len(family.blocks),
-        num_tokens=family.num_tokens,
-        flops=flops,
-    )
+    problem: Problem
+    tried: list[Scored]
+    best: dict[str, Scored] = field(default_factory=dict)  # by strategy, on the images of the search
+    held_out: dict[str, Scored] = field(default_factory=dict)  # the same on the others
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 def find_schedule(
-    model: Model,
-    problem: Problem,
-    strategy: str,
-    judge: Judge | None,
-    *,
-    subjects: Subjects | None = None,
-    on_step: Callable[[], None] = lambda: None,
-    on_stage: Callable[[str], None] = lambda _: None,
+    laboratory: Laboratory,
+    strategies: Sequence[str],
+    budgets: Sequence[Budget],
+    target: Target | None = None,
 ) -> Found:
-    """Search a schedule, and measure it and the baselines on images that were not searched on.
+    """Search a schedule, and measure it and the best of every other strategy on images that were not searched on.
 
     Args:
-        model: the model.
-        problem: from `problem_for`.
-        strategy: a key of STRATEGIES.
-        judge: for agreement and Fréchet distance; None where there is none.
-        subjects: prompts, for a model that draws them.
-        on_step: told after every step that is computed.
-        on_stage: told what is being done.
+        laboratory: the problem, and who runs schedules.
+        strategies: keys of STRATEGIES; the best schedule of all of them is the one that was found. The baselines are
+            added.
+        budgets: the schedule is for the first; the record holds the best of every strategy for each.
+        target: makes the smallest budget of full steps with which it is met the first.
 
     Raises:
         SearchError: no schedule meets the constraints.
         UnsupportedSolverError: the sampler cannot be compiled.
     """
-    options, subjects = problem.options, subjects or Subjects()
+    problem, options = laboratory.problem, laboratory.problem.options
     problem.table(problem.num_inference_steps)  # refuse early what cannot be compiled
     if options.selective == "tokens":
-        check_selector(options.selector, model.family, model.family.num_tokens)
-    on_stage("uncached run")
-    task = draw_task(model, problem, subjects, options.seed, options.num_images)
-    searched = Evaluator(model, problem, task, None, on_step)
-    tried: list[Scored] = []
-
-    def score(candidate: Candidate) -> Scored:
-        on_stage(f"{candidate.strategy} {candidate.name}")
-        tried.append(searched.score(candidate))
-        return tried[-1]
-
-    best = STRATEGIES[strategy](problem, score)[0].candidate
-    on_stage("uncached run of held-out images")
-    first = options.seed + HELD_OUT_SEED
-    task = draw_task(model, problem, subjects, first, options.num_held_out, skipped=options.num_images)
-    held_out = Evaluator(model, problem, task, judge, on_step)
-    compared = _comparison(problem, best, tried)
-    final = [held_out.score_uncached()]
-    for candidate in compared:
-        on_stage(f"held-out images: {candidate.strategy} {candidate.name}")
-        final.append(held_out.score(candidate))
-    by_candidate = {scored.candidate: scored for scored in final}
-    made_by = MadeBy.here("torch", "diffusers", "numpy")
-    schedules = {
-        name: _schedule(model, problem, by_candidate[candidate], made_by)
-        for name, candidate in {strategy: best, **_baselines(problem)}.items()
+        check_selector(options.selector, laboratory.model.family, problem.num_tokens)
+    names = [name for name in STRATEGIES if name in {*strategies, *BASELINES}]
+    asked = list(budgets)
+    for one in asked:
+        one.limit(problem.costs, problem.num_evaluations)  # and what cannot be met
+    if target is not None:
+        asked.insert(0, _smallest_budget(laboratory, names, strategies, target))
+    distinct = list(dict.fromkeys(asked))
+    outcomes = {
+        str(budget): _outcome(laboratory, names, budget, len(distinct) - i - 1) for i, budget in enumerate(distinct)
     }
+    first = outcomes[str(asked[0])]
+    found = _best(first, strategies)
+    if found is None:
+        raise SearchError("; ".join(f"{name}: {reason}" for name, reason in first.failures.items()))
+    _judge(laboratory, outcomes)
+    made_by = MadeBy.here("torch", "diffusers", "numpy", "optuna")
+    points = [_point(problem, "", laboratory.uncached(), "held_out")]
+    for budget, outcome in outcomes.items():
+        points += [_point(outcome.problem, budget, scored, "searched") for scored in outcome.tried]
+        points += [_point(outcome.problem, budget, scored, "held_out") for scored in outcome.held_out.values()]
     record = SearchRecord(
-        schema=2,
-        model=model.identity.name,
+        schema=3,
+        model=laboratory.model.identity.name,
         sampler=problem.scheduler.label,
         guidance_scale=options.guidance_scale,
         num_images=options.num_images,
         num_held_out=options.num_held_out,
-        chosen=schedules[strategy].rhythm,
-        points=tuple(
-            [_point(problem, scored, "searched") for scored in tried]
-            + [_point(problem, scored, "held_out") for scored in final]
-        ),
+        effort=options.effort,
+        costs=_cost_source(laboratory),
+        limits={budget: outcome.problem.limit for budget, outcome in outcomes.items()},
+        chosen=found.candidate.key,
+        points=tuple(points),
+        failures={budget: outcome.failures for budget, outcome in outcomes.items()},
         made_by=made_by,
-        prompts=task.prompts,
+        prompts=laboratory.held_out_prompts,
     )
-    chosen = schedules.pop(strategy)
-    return Found(chosen, schedules, record)
+    schedules = {
+        name: schedule_of(laboratory.model, first.problem, scored, made_by)
+        for name, scored in first.held_out.items()
+        if name == found.candidate.strategy or (name in BASELINES and scored.candidate.key != found.candidate.key)
+    }
+    return Found(schedules.pop(found.candidate.strategy), schedules, record)
 
 
-def unmeasured_schedule(model: Model, problem: Problem) -> Schedule:
-    """Return the published schedule without drawing a single image: on random weights there is nothing to judge.
+def _outcome(laboratory: Laboratory, names: Sequence[str], budget: Budget, num_later: int = 0) -> _Outcome:
+    """Run strategies for one budget, each beginning at what those before it found; as many budgets are to follow."""
+    problem = replace(laboratory.problem, budget=budget)
+    problem.limit  # noqa: B018 - refuses what cannot be met
+    lab = laboratory.searched(problem)
+    outcome = _Outcome(problem, lab.tried)
+    expected = {name: EXPECTED[name][problem.options.effort] for name in names}
+    for i, name in enumerate(names):
+        left = sum(expected[other] for other in names[i:]) + num_later * sum(expected.values())
+        laboratory.expect(left, len(names) * (num_later + 1) + 1)
+        try:
+            outcome.best[name] = STRATEGIES[name](lab)[0]
+        except SearchError as error:
+            outcome.failures[name] = str(error)
+    if not outcome.best:
+        raise SearchError("; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items()))
+    return outcome
+
+
+def _best(outcome: _Outcome, strategies: Sequence[str]) -> Scored | None:
+    """Return the best schedule of some strategies; None if none of them found any."""
+    found = [outcome.best[name] for name in strategies if name in outcome.best]
+    return min(found, key=lambda scored: scored.error, default=None)
+
+
+def _smallest_budget(laboratory: Laboratory, names: Sequence[str], strategies: Sequence[str], target: Target) -> Budget:
+    """Return the fewest full steps whose best schedule meets a target on the images of the search, by bisection.
 
     Raises:
-        SearchError: none was published for these numbers.
-        UnsupportedSolverError: the sampler cannot be compiled.
+        SearchError: not even the uncached run meets it.
     """
-    return _schedule(model, problem, Scored(published_candidate(problem), {}), MadeBy.here("torch", "diffusers"))
+    uncached = laboratory.searched(laboratory.problem).uncached().quality
+    if not target.is_met(uncached, uncached):
+        raise SearchError(f"the uncached run itself does not keep to {target}")
+    fails, meets = 0, laboratory.problem.num_evaluations
+    while meets - fails > 1:
+        middle = (meets + fails) // 2
+        outcome = _outcome(laboratory, names, Budget(middle, "full"))
+        found = _best(outcome, strategies)
+        if found is not None and target.is_met(found.quality, uncached):
+            meets = middle
+        else:
+            fails = middle
+    return Budget(meets, "full")
 
 
-def _comparison(problem: Problem, best: Candidate, tried: list[Scored]) -> list[Candidate]:
-    """What is measured on held-out images: the best, its rhythm without selective steps, baselines at all budgets."""
-    plain = [scored.candidate for scored in tried if scored.candidate.name == best.name.removesuffix(" selective")]
-    compared = [best, *plain, *_baselines(problem).values()]
-    for share in OTHER_BUDGETS:
-        budget = max(1, round(share * problem.num_evaluations))
-        compared += _baselines(replace(problem, options=replace(problem.options, budget=budget))).values()
-    return list(dict.fromkeys(compared))
+def _judge(laboratory: Laboratory, outcomes: dict[str, _Outcome]) -> None:
+    """Score the best of every strategy on held-out images, each schedule once: two strategies may find the same."""
+    lab, best = laboratory.held_out(), [(outcome, name) for outcome in outcomes.values() for name in outcome.best]
+    scored = lab.score([outcome.best[name].candidate for outcome, name in best])
+    for (outcome, name), held_out in zip(best, scored, strict=True):
+        outcome.held_out[name] = held_out
 
 
-def _baselines(problem: Problem) -> dict[str, Candidate]:
-    """The baselines at the problem's budget; one that the solver refuses is left out."""
-    found = {}
-    for name in BASELINES:
-        try:
-            found[name] = STRATEGIES[name](problem, lambda candidate: Scored(candidate, {}))[0].candidate
-        except (SearchError, UnsupportedSolverError):
-            continue
-    return found
+def _cost_source(laboratory: Laboratory) -> CostSource:
+    costs = laboratory.problem.costs
+    if not isinstance(costs, MeasuredCosts):
+        return CostSource("GFLOP", "", ())
+    return CostSource("ms", costs.source, tuple(sorted(costs.estimated)))
 
 
-def _schedule(model: Model, problem: Problem, scored: Scored, made_by: MadeBy) -> Schedule:
-    candidate, options = scored.candidate, problem.options
-    arguments = {key: value for key, value in asdict(options).items() if key not in ("seed", "selector")}
-    return Schedule(
-        schema=1,
-        model=model.identity,
-        scheduler=problem.table(candidate.num_steps).scheduler,
-        guidance=problem.guidance,
-        deep_start=problem.deep_start if candidate.is_deep else None,
-        selector=options.selector if candidate.is_selective else None,
-        steps=candidate.steps,
-        found_by=FoundBy(candidate.strategy, {"name": candidate.name, **arguments}, options.seed, made_by),
-        measured={**scored.quality, "tera_flops_per_image": problem.flops.schedule(candidate.steps) / 1e12},
-    )
-
-
-def _point(problem: Problem, scored: Scored, images: Literal["searched", "held_out"]) -> Point:
+def _point(problem: Problem, budget: str, scored: Scored, images: str) -> Point:
     candidate = scored.candidate
     return Point(
+        budget=budget,
         strategy=candidate.strategy,
         name=candidate.name,
+        key=candidate.key,
         num_steps=candidate.num_steps,
-        rhythm="".join(step.forward.symbol for step in candidate.steps),
-        tokens=max(step.tokens or 0 for step in candidate.steps),
-        images=images,
+        rhythm=candidate.rhythm,
+        max_tokens=max(step.max_tokens for step in candidate.steps),
+        images=images,  # type: ignore[arg-type]
         quality=scored.quality,
-        tera_flops=problem.flops.schedule(candidate.steps) / 1e12,
+        intervals={name: bootstrap_interval(values) for name, values in scored.samples.items() if images == "held_out"},
+        path=scored.path,
+        cost=problem.cost(candidate),
+        tera_flops=problem.flops.schedule(candidate.steps, candidate.deep_start, candidate.mask) / 1e3,
     )

@@ -1,33 +1,36 @@
 """FORA: a full step every N-th step, everything between reused (arXiv:2407.01425). The baseline of even spacing.
 
-N is the period with the fewest full steps that are not less than the budget, so that the baseline is never given less
-computation than what it is compared with; of several such periods the smallest, which spaces them most evenly.
+N is the smallest period that keeps to the limit.
 """
 
 from __future__ import annotations
 
 from hemiola_runtime.schedule import FULL, REUSE, Step
-from hemiola_search.problem import Candidate, Problem, Score, Scored
+from hemiola_search.lab import Lab
+from hemiola_search.problem import Candidate, Problem, Scored
 
 
-def uniform_steps(num_steps: int, budget: int) -> tuple[Step, ...]:
-    """Return the steps of FORA for a budget of full steps."""
-    counts = {period: -(-num_steps // period) for period in range(1, num_steps + 1)}
-    fewest = min(count for count in counts.values() if count >= budget)
-    period = min(period for period, count in counts.items() if count == fewest)
+def uniform_steps(num_steps: int, period: int) -> tuple[Step, ...]:
+    """Return the steps of FORA for a period."""
     return tuple(FULL if i % period == 0 else REUSE for i in range(num_steps))
 
 
-def search(problem: Problem, score: Score) -> list[Scored]:
-    """Score the one schedule of the budget's period."""
-    steps = uniform_steps(problem.num_evaluations, problem.options.budget)
-    return [
-        score(
-            Candidate(
-                "uniform",
-                f"period {steps.index(FULL, 1) if FULL in steps[1:] else len(steps)}",
-                problem.scheduler.num_inference_steps,
-                steps,
-            )
-        )
-    ]
+def uniform(problem: Problem) -> Candidate:
+    """Return the schedule of the smallest period that keeps to the limit.
+
+    Raises:
+        SearchError: none does.
+    """
+    count = problem.num_evaluations
+    return problem.first_fitting(
+        problem.candidate("uniform", f"period {period}", uniform_steps(count, period)) for period in range(1, count + 1)
+    )
+
+
+def search(lab: Lab) -> list[Scored]:
+    """Score the one schedule.
+
+    Raises:
+        SearchError: no period keeps to the limit.
+    """
+    return lab.score([uniform(lab.problem)])

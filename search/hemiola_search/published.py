@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from hemiola_export.model import Model
+from hemiola_runtime.artifacts import MadeBy
+from hemiola_runtime.schedule import Schedule
 from hemiola_search.errors import SearchError
-from hemiola_search.problem import Candidate, Problem, Score, Scored
+from hemiola_search.problem import Candidate, Problem, Scored
 from hemiola_search.rhythms import steps_from_segments, with_selective_steps
+from hemiola_search.schedules import schedule_of
 
+UNMEASURED: Final = "published"  # name of the strategy that runs nothing
 RHYTHMS: Final[dict[tuple[int, int], tuple[int, ...]]] = {  # (steps, full steps) → segment lengths
     (50, 17): (4,) * 6 + (3,) * 4 + (2,) * 7,  # DiT-XL/2, DDIM
     (20, 7): (3,) * 6 + (2,),  # PixArt-α, DPM-Solver++, as it was meant to be
@@ -23,20 +28,21 @@ def published_candidate(problem: Problem) -> Candidate:
     Raises:
         SearchError: none was published for these numbers.
     """
-    key = (problem.num_evaluations, problem.options.budget)
+    key = (problem.num_evaluations, problem.max_full())
     if key not in RHYTHMS:
         known = ", ".join(f"{budget} full of {steps}" for steps, budget in RHYTHMS)
         raise SearchError(f"no rhythm was published with {key[1]} full of {key[0]} steps; there are {known}")
     steps = steps_from_segments(RHYTHMS[key])
     if problem.selective_step is not None:
         steps = with_selective_steps(steps, problem.selective_step)
-    return Candidate("published", "ProCache", problem.scheduler.num_inference_steps, steps)
+    return problem.candidate("published", "ProCache", steps)
 
 
-def search(problem: Problem, score: Score) -> list[Scored]:
-    """Score the one schedule.
+def unmeasured_schedule(model: Model, problem: Problem) -> Schedule:
+    """Return the published schedule without drawing a single image: on random weights there is nothing to judge.
 
     Raises:
         SearchError: none was published for these numbers.
+        UnsupportedSolverError: the sampler cannot be compiled.
     """
-    return [score(published_candidate(problem))]
+    return schedule_of(model, problem, Scored(published_candidate(problem), {}, {}), MadeBy.here("torch", "diffusers"))
