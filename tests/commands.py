@@ -7,28 +7,34 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from bundles import SELECTOR, schedule_from_rhythm
 from hemiola.cli import main
-from hemiola_runtime.schedule import read_schedule
+from hemiola_export.model import load_model
+from hemiola_runtime.schedule import TokenSelector, read_schedule, write_schedule
 from models import save_tiny_model, tiny_dit
 
-# 6 steps, 2 of them full: the segments are 5-1, 4-2 or 3-3, so that each has selective steps.
-SEARCH: Final = (
-    *("--steps", 6, "--budget", 2, "--v-min", 0, "--v-max", 4, "--images", 2, "--held-out", 2),
-    *("--deep-ratio", 0.5, "--token-ratio", 0.25),
-)
+# 6 steps, 2 of them full: one uniform period is all that can be found.
+SEARCH: Final = ("--steps", 6, "--budget", 2, "--strategy", "uniform", "--images", 2, "--held-out", 2)
+FOUND: Final = "FCCFCC"
+SELECTIVE: Final = "FCSFCS"  # of the schedule that is made by hand
 
 
 @dataclass(frozen=True, slots=True)
 class MadeByCommands:
-    """What the commands made of one tiny model, in the order of the stages, and what each said."""
+    """What the commands made of one tiny model, in the order of the stages, and what each said.
+
+    `schedule` is one made by hand, whose steps do not depend on what a search finds: the bundle's `procache`. What the
+    search found is its `plain`.
+    """
 
     model: Path
+    found: Path
     schedule: Path
     graphs: Path
     bundle: Path
@@ -36,7 +42,7 @@ class MadeByCommands:
 
     @property
     def record(self) -> Path:
-        return self.schedule.with_name("search.json")
+        return self.found.with_name("search.json")
 
     @property
     def rhythm(self) -> str:
@@ -49,16 +55,24 @@ def save_model(folder: Path, seed: int = 0, sample_size: int = 8) -> Path:
 
 
 def make_by_commands(
-    root: Path, model: Path | None = None, *, searching: Iterable[object] = (), exporting: Iterable[object] = ()
+    root: Path,
+    model: Path | None = None,
+    *,
+    selector: TokenSelector = SELECTOR,
+    searching: Iterable[object] = (),
+    exporting: Iterable[object] = (),
 ) -> MadeByCommands:
     """Search, export and build, with more arguments where a model needs them; None for the model of `save_model`."""
     model = save_model(root / "model") if model is None else model
-    made = MadeByCommands(model, root / "found" / "schedule.json", root / "graphs", root / "bundle", {})
-    baseline = made.schedule.parent / "baselines" / "uniform.json"
+    found = root / "found" / "schedule.json"
+    made = MadeByCommands(model, found, root / "selective.json", root / "graphs", root / "bundle", {})
+    loaded = load_model(str(model))
+    selective = schedule_from_rhythm(loaded, loaded.scheduler, SELECTIVE, deep_start=1, selector=selector)
+    write_schedule(replace(selective, found_by=replace(selective.found_by, strategy="procache")), made.schedule)
     stages: dict[str, list[object]] = {
-        "search": [made.model, *SEARCH, *searching, "--out", made.schedule],
+        "search": [made.model, *SEARCH, *searching, "--out", made.found],
         "export": [
-            *(made.model, "--schedule", made.schedule, "--schedule", f"plain={baseline}"),
+            *(made.model, "--schedule", made.schedule, "--schedule", f"plain={made.found}"),
             *(*exporting, "--out", made.graphs),
         ],
         "build": [made.graphs, "--out", made.bundle, "--max-batch-size", 2],

@@ -18,7 +18,7 @@ from PIL import Image
 
 import hemiola_export.export
 from bundles import Made
-from commands import MadeByCommands, check_message, done, missing, python
+from commands import FOUND, MadeByCommands, check_message, done, missing, python
 from hemiola.cli import COMMANDS, main
 from hemiola_runtime.artifacts import in_words, sha256_of
 from hemiola_runtime.graph_set import REFERENCE_FILE, read_graph_set, write_graph_set
@@ -42,13 +42,14 @@ def bundle(made: MadeByCommands, tmp_path: Path) -> Path:
 
 
 def test_every_stage_says_what_it_wrote(made: MadeByCommands) -> None:
-    assert made.said["search"].startswith(f"{made.rhythm}\n2 full")
-    assert made.said["search"].endswith(f"wrote {made.schedule}\n")
+    assert made.said["search"].startswith(f"{FOUND}\n4 reuse, 2 full, found by uniform")
+    assert made.said["search"].endswith(f"wrote {made.found}\n")
     assert made.said["export"] == (
         f"wrote {made.graphs} in fp32: conditioning, full, tokens, reuse; schedules procache, plain, full\n"
     )
     assert made.said["build"].startswith(f"wrote {made.bundle}\nrelative L2 against PyTorch: procache ")
-    assert sorted(path.name for path in made.schedule.parent.iterdir()) == ["baselines", "schedule.json", "search.json"]
+    written = {path.name for path in made.found.parent.iterdir()}
+    assert written == {"baselines", "schedule.json", "search.json", "search.sqlite"}
 
 
 def test_run_draws_a_row_of_images_and_reports_what_ran(
@@ -119,7 +120,7 @@ def test_report_writes_a_page_its_numbers_and_a_picture(
     measured = ["--images", 2, "--batch-size", 2, "--repeats", 1]
     said = done(capsys, "report", made.bundle, "--search", made.record, "--out", out, *measured)
     assert f"wrote {out}, report.json and report.png" in said
-    assert made.rhythm in out.read_text()
+    assert FOUND in out.read_text()
     numbers = json.loads(out.with_suffix(".json").read_text())
     assert list(numbers["measured"]) == ["full", "procache", "plain"]
     with Image.open(out.with_suffix(".png")) as picture:
@@ -163,7 +164,7 @@ def test_inspect_shows_any_artifact(made: MadeByCommands, artifact: str, capsys:
             "    FFFFFF\n",
             "0 class 0, 1 class 1",
         ],
-        "record": [f"search of model, DDIM-6, guidance 4: {made.rhythm}", "held_out  full uncached: relative_l2 0,"],
+        "record": [f"search of model, DDIM-6, guidance 4: {FOUND}\n", "was chosen", "| uncached |"],
     }
     assert missing(shown[artifact], said) == []
 
@@ -307,7 +308,7 @@ def test_help_lists_every_command(helps: dict[str, tuple[int, str, list[str]]]) 
     [
         ([], "the following arguments are required: COMMAND"),
         (["compose"], "invalid choice: 'compose'"),
-        (["search", "model"], "the following arguments are required: --out"),
+        (["search", "model"], "one of the arguments --out --probes is required"),
         (["run", "bundle", "--label", "3"], "the following arguments are required: --out"),
         (["bench", "bundle", "--repeats", "many"], "--repeats: a whole number of 1 or more, not 'many'"),
         (["search", "model", "--out", "schedule.json", "--images", "0"], "--images: a whole number of 1 or more"),

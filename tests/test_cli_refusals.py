@@ -63,6 +63,12 @@ def kept(tmp_path: Path) -> Iterator[Path]:
     assert _contents(folder) == before
 
 
+def _search(made: MadeByCommands, kept: Path) -> list[object]:
+    """Search beside outputs of earlier runs; the store, which outlives an interruption on purpose, lies elsewhere."""
+    outputs = ["--out", kept / "schedule.json", "--store", kept.parent / "search.sqlite"]
+    return ["search", made.model, *SEARCH, *outputs]
+
+
 BAD_SEARCHES = [
     (["--scheduler", "ddjm"], ["unknown scheduler 'ddjm'", "known are ddim, dpm++2m"]),
     (["--scheduler", "DDJMScheduler"], ["unknown scheduler 'DDJMScheduler'", "diffusers' class names"]),
@@ -71,9 +77,9 @@ BAD_SEARCHES = [
     (["--scheduler", "DDPMScheduler"], ["DDPM-6 is stochastic", "need a deterministic sampler"]),
     (["--scheduler-option", "clip_sample=True"], ["DDIM-6 is not linear", "set clip_sample or thresholding to"]),
     (["--steps", "2000"], ["DDIMScheduler cannot make 2000 steps"]),
-    (["--budget", "5", "--v-min", "1"], ["no schedule of 6 steps has 5 full steps", "a budget from 2 to 3"]),
-    (["--budget", "7"], ["a budget of 7 full steps is more than 6 steps have"]),
-    (["--strategy", "luck"], ["unknown strategy 'luck'", "known are procache, uniform, fewer_steps"]),
+    (["--budget", "few"], ["'few' is no budget", "full steps (17)"]),
+    (["--budget", "7"], ["a budget of 7 full steps, where a schedule has 1 to 6"]),
+    (["--strategy", "luck"], ["unknown strategy 'luck'", "known are best, fewer_steps, uniform, procache"]),
     (["--held-out", "1"], ["scores on 1 image or more and reports on 2 or more"]),
     (["--seed", "-1"], ["the seed is 0 or more"]),
     (["--guidance-scale", "nan"], ["guidance_scale a finite number"]),
@@ -93,7 +99,7 @@ BAD_SEARCHES = [
 def test_a_search_that_cannot_be_is_refused(
     made: MadeByCommands, kept: Path, arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refused(capsys, "search", made.model, *SEARCH, "--out", kept / "schedule.json", *arguments)
+    message = refused(capsys, *_search(made, kept), *arguments)
     assert missing(parts, message) == []
 
 
@@ -410,7 +416,7 @@ def _interrupted(*_: object, **__: object) -> NoReturn:
 
 def _stage(made: MadeByCommands, kept: Path, command: str) -> list[object]:
     return {
-        "search": ["search", made.model, *SEARCH, "--out", kept / "schedule.json"],
+        "search": _search(made, kept),
         "export": ["export", made.model, "--schedule", made.schedule, "--out", kept / "graphs"],
         "build": ["build", made.graphs, "--out", kept / "bundle"],
         "run": ["run", made.bundle, "--label", 1, "--out", kept / "one.png"],

@@ -298,9 +298,9 @@ def test_weights_that_are_missing_are_not_fetched_by_the_libraries(
 
 def _check_weights_are_refused(name: str, caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["search", "nowhere", "--out", caches / "schedule.json", *_asked(name, caches)]
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, whatever else the machine does; it waits for no network
     said = refused(capsys, *arguments)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     place, variable, command = PLACES[name]
     assert all(part in said for part in (METRICS[name].files[0], str(caches / place), variable, command))
     assert not (caches / "schedule.json").exists()

@@ -122,6 +122,6 @@ def test_the_figures_of_the_path_decide_what_is_full() -> None:
 
 
 def test_where_not_one_full_step_fits_there_is_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Problem, "max_full", lambda *_: 0)
+    monkeypatch.setattr(Problem, "fits", lambda *_: False)
     with pytest.raises(SearchError, match="not one full step keeps to 1 full"):
         search(lab_of(paper_problem(20, "1")))

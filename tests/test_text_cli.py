@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import SEARCH, MadeByCommands, check_message, done, make_by_commands, missing, python, refused
+from bundles import SELECTOR
+from commands import FOUND, SEARCH, MadeByCommands, check_message, done, make_by_commands, missing, python, refused
 from hemiola.cli import main
 from hemiola_runtime.manifest import read_manifest
 from models import save_tiny_text_model, tiny_pixart
@@ -29,14 +31,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> MadeByCommands:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n\n".join(PROMPTS) + "\n")
     model = save_tiny_text_model(folder / "model", transformer=tiny_pixart(num_blocks=2))
-    searching = ("--prompts", prompts, "--selector", "cross_attention_entropy")
-    return make_by_commands(folder, model, searching=searching, exporting=SIZES)
+    selector = replace(SELECTOR, score="cross_attention_entropy")
+    return make_by_commands(folder, model, selector=selector, searching=("--prompts", prompts), exporting=SIZES)
 
 
 def test_every_stage_says_what_it_wrote(drawn: MadeByCommands) -> None:
-    assert drawn.said["search"].startswith(f"{drawn.rhythm}\n")
-    assert drawn.rhythm.count("F") == 2
-    assert drawn.said["search"].endswith(f"wrote {drawn.schedule}\n")
+    assert drawn.said["search"].startswith(f"{FOUND}\n")
+    assert drawn.said["search"].endswith(f"wrote {drawn.found}\n")
     assert drawn.said["export"] == (
         f"wrote {drawn.graphs} in fp32: text_encoder, conditioning, full, tokens, reuse, vae_decoder; "
         "schedules procache, plain, full\n"
@@ -148,7 +149,7 @@ def test_inspect_shows_any_artifact(drawn: MadeByCommands, artifact: str, capsys
         "schedule": ["schedule for model (pixart), ", f"  {drawn.rhythm}\n", "tokens [4] by cross_attention_entropy"],
         "graphs": [model, images, "  text_encoder ", "  vae_decoder ", "schedules procache, plain, full"],
         "bundle": [model, images, " text and tiles + 1 × (", "  caches among it: ", " for 1 image, ", " for 2 images"],
-        "record": ["search of model, ", f", guidance 4.5: {drawn.rhythm}", "held_out  full uncached: relative_l2 0,"],
+        "record": ["search of model, ", f", guidance 4.5: {FOUND}\n", "was chosen", "| uncached |"],
     }
     assert missing(shown[artifact], said) == []
     assert "labels" not in said

@@ -7,19 +7,24 @@ one worker alone, so a search finds the same as on one machine of their kind.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import ray
 import torch
 from ray.util.actor_pool import ActorPool
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hemiola_runtime.errors import HemiolaError
 from hemiola_search.calibration import Calibration
 from hemiola_search.errors import SearchError
 from hemiola_search.laboratory import Here, Site
 from hemiola_search.problem import Candidate, Scored
+
+ANSWERS_WITHIN_SECONDS: Final = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +64,9 @@ class Fleet:
         self._on_step = on_step
         if not ray.is_initialized():
             try:
+                _check_that_somebody_answers(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise SearchError(
                     f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`, and give its "
                     "address with --ray"
@@ -71,14 +77,39 @@ class Fleet:
 
     def score(self, candidates: Sequence[Candidate], on_scored: Callable[[Scored], None]) -> None:
         pool = ActorPool(self._workers)
-        for scored in pool.map_unordered(lambda worker, candidate: worker.score.remote(candidate), list(candidates)):
-            for _ in scored.candidate.steps:
-                self._on_step()
-            on_scored(scored)
+        with _errors_as_they_were():
+            scores = pool.map_unordered(lambda worker, candidate: worker.score.remote(candidate), list(candidates))
+            for scored in scores:
+                for _ in scored.candidate.steps:
+                    self._on_step()
+                on_scored(scored)
 
     def calibrate(self) -> Calibration:
-        measured: Calibration = ray.get(self._workers[0].calibrate.remote())
+        with _errors_as_they_were():
+            measured: Calibration = ray.get(self._workers[0].calibrate.remote())
         return measured
+
+
+@contextlib.contextmanager
+def _errors_as_they_were() -> Iterator[None]:
+    """Raise what a worker refused, without the place where it did."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HemiolaError):
+            raise error.cause from None
+        raise
+
+
+def _check_that_somebody_answers(address: str) -> None:
+    """Look for a cluster at a host and port: Ray itself would wait for minutes.
+
+    Raises:
+        OSError: nobody answers there.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_SECONDS).close()
 
 
 def _places(node: dict[str, Any]) -> int:

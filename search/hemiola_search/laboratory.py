@@ -24,8 +24,8 @@ from hemiola_search.tasks import Subjects, Task, draw_task
 
 HELD_OUT_SEED: Final = 1_000_000  # added to the seeds of held-out images: none of them was searched on
 RECIPE: Final = 2  # to be raised when the same schedule gets other figures
-CALIBRATED_IMAGES: Final[dict[Effort, int]] = {"quick": 8, "thorough": 16}
-STRIDES: Final[dict[Effort, int]] = {"quick": 7, "thorough": 2}
+CALIBRATED_IMAGES: Final[dict[Effort, int]] = {"quick": 6, "thorough": 10}
+STRIDES: Final[dict[Effort, int]] = {"quick": 10, "thorough": 4}
 
 Images = Literal["searched", "held_out"]
 

@@ -23,6 +23,9 @@ FIGURES: Final[dict[str, tuple[str, Callable[[float], str]]]] = {  # beside the 
     "psnr": ("PSNR", "{:.1f} dB".format),
     "agreement": ("agreement", "{:.1%}".format),
     "frechet": ("Fréchet", "{:.4g}".format),
+    "lpips": ("LPIPS", "{:.4f}".format),
+    "clip_score": ("CLIP score", "{:.2f}".format),
+    "fid": ("FID", "{:.4g}".format),
 }
 
 

@@ -61,16 +61,27 @@ class Moves:
         rule = trial.suggest_categorical("rule", list(rules))
         refresh = trial.suggest_categorical("refresh", self._refreshes)
         given_up = trial.suggest_int("given up", 1, MOST_GIVEN_UP)
-        places = self._filled(moved, forward, order, 0 if refresh == "none" else given_up)
-        plain = tuple(FULL if i in places else REUSE for i in range(self._problem.num_evaluations))
-        steps = with_forecasts(plain, order, rules[rule], forward) if order else plain
+        sure = self._problem.max_full(forecast_step(forward, order))
         if refresh != "none":
-            steps = self._refreshed(steps, places, forward, order)
-        return self._problem.candidate("optimised", name, steps)
+            places = self._filled(moved, forward, order, max(1, sure - given_up))
+            steps = self._refreshed(self._written(places, forward, order, rules[rule]), places, forward, order)
+            return self._problem.candidate("optimised", name, steps)
+        best = None
+        for count in range(max(1, sure), self._problem.num_evaluations + 1):
+            moved = self._filled(moved, forward, order, count)
+            longer = self._problem.candidate("optimised", name, self._written(moved, forward, order, rules[rule]))
+            if best is not None and not self._problem.fits(longer):
+                break
+            best = longer
+        assert best is not None, "there is one count at least"
+        return best
 
-    def _filled(self, places: set[int], forward: Forward, order: int, given_up: int) -> set[int]:
-        """Return as many full steps as the limit allows, near those that are given."""
-        count = max(1, self._problem.max_full(forecast_step(forward, order)) - given_up)
+    def _written(self, places: set[int], forward: Forward, order: int, weigh: Weigh) -> tuple[Step, ...]:
+        plain = tuple(FULL if i in places else REUSE for i in range(self._problem.num_evaluations))
+        return with_forecasts(plain, order, weigh, forward) if order else plain
+
+    def _filled(self, places: set[int], forward: Forward, order: int, count: int) -> set[int]:
+        """Return as many full steps as `count`, near those that are given."""
         places = set(places)
         while len(places) > count:
             others = sorted(places - {0})

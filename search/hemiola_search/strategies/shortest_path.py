@@ -110,14 +110,18 @@ def search(lab: Lab) -> list[Scored]:
     objectives: tuple[Objective, ...] = ("sum", "largest")
     candidates = []
     for forward, order in forecasts_of(problem):
-        fitted = Fitted(lab.calibration, forward)
-        num_full = problem.max_full(forecast_step(forward, order))
-        for objective in objectives if num_full else ():
-            path = shortest_path(fitted, num_steps, num_full, order, objective)
-            plain = tuple(FULL if i in path else REUSE for i in range(num_steps))
-            steps = with_forecasts(plain, order, fitted.weigh, forward) if order else plain
-            kind = forecast_step(forward, order).kind
-            candidates.append(problem.candidate("shortest_path", f"{objective} of errors, {kind}", steps))
+        fitted, cached = Fitted(lab.calibration, forward), forecast_step(forward, order)
+        for objective in objectives:
+            best = None
+            for num_full in range(max(1, problem.max_full(cached)), num_steps + 1):
+                path = shortest_path(fitted, num_steps, num_full, order, objective)
+                plain = tuple(FULL if i in path else REUSE for i in range(num_steps))
+                steps = with_forecasts(plain, order, fitted.weigh, forward) if order else plain
+                longer = problem.candidate("shortest_path", f"{objective} of errors, {cached.kind}", steps)
+                if not problem.fits(longer):
+                    break
+                best = longer
+            candidates += [] if best is None else [best]
     if not candidates:
         raise SearchError(f"not one full step keeps to {problem.budget}")
     return lab.best(candidates)
