@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemiola_runtime.schedule import FULL, Forward
+from hemiola_runtime.schedule import FULL, REUSE, Forward
+from hemiola_search.budget import Budget
 from hemiola_search.calibration import Calibration
+from hemiola_search.costs import MeasuredCosts
 from hemiola_search.errors import SearchError
 from hemiola_search.forecasts import Fitted
 from hemiola_search.problem import Problem
 from hemiola_search.strategies import shortest_path as module
-from hemiola_search.strategies.shortest_path import Objective, forecasts_of, search, shortest_path
-from labs import FakeWorkers, calibration_of, lab_of, paper_problem, plain, schedule_of
+from hemiola_search.strategies.shortest_path import Objective, forecast_step, forecasts_of, search, shortest_path
+from labs import DIT_XL_2, FakeWorkers, calibration_of, cost_row, cost_table, lab_of, paper_problem, plain, schedule_of
 from strategies import examples
 
 OBJECTIVES: Final[tuple[Objective, ...]] = ("sum", "largest")
@@ -125,3 +127,20 @@ def test_where_not_one_full_step_fits_there_is_no_path(monkeypatch: pytest.Monke
     monkeypatch.setattr(Problem, "fits", lambda *_: False)
     with pytest.raises(SearchError, match="not one full step keeps to 1 full"):
         search(lab_of(paper_problem(20, "1")))
+
+
+def test_what_cheap_first_steps_leave_goes_into_full_ones() -> None:
+    """Before there are two full steps caches are repeated: what that costs less than a forecast makes a full step."""
+    rows = [cost_row("full", 10), cost_row("reuse", 1), cost_row("reuse_1", 6), cost_row("residual_1", 6)]
+    costs = MeasuredCosts([cost_table(rows)], DIT_XL_2, 1)
+    # 4.4 ms around 12 steps; three full ones, and 9 forecasts of 6 ms are as sure as it gets
+    problem = paper_problem(12, Budget(4.48 + 3 * 10 + 9 * 6 + 1, "ms"), costs=costs, max_order=1)
+    forecast = forecast_step(Forward.REUSE, 1)
+    assert problem.max_full(forecast) == 3
+    found = {scored.candidate.name: scored.candidate for scored in search(lab_of(problem))}
+    for candidate in found.values():
+        assert problem.fits(candidate)
+        sure = problem.max_full(forecast if "_1" in candidate.name else REUSE)
+        assert candidate.num_full >= sure
+        if candidate.rhythm.count("C") > 1 and "_1" in candidate.name:
+            assert problem.limit - problem.cost(candidate) < 10
