@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hemiola_runtime.schedule import FULL, REUSE, Forward
+from hemiola_runtime.schedule import FULL, Forward
 from hemiola_search.budget import Budget
 from hemiola_search.calibration import Calibration
 from hemiola_search.costs import MeasuredCosts
@@ -140,7 +140,6 @@ def test_what_cheap_first_steps_leave_goes_into_full_ones() -> None:
     found = {scored.candidate.name: scored.candidate for scored in search(lab_of(problem))}
     for candidate in found.values():
         assert problem.fits(candidate)
-        sure = problem.max_full(forecast if "_1" in candidate.name else REUSE)
-        assert candidate.num_full >= sure
-        if candidate.rhythm.count("C") > 1 and "_1" in candidate.name:
-            assert problem.limit - problem.cost(candidate) < 10
+        assert candidate.rhythm.startswith("FC")
+        assert candidate.num_full > 3
+        assert problem.limit - problem.cost(candidate) < 10 - 1  # less than one full step more takes
