@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except HemiolaError as error:
         return _fault(str(error), options.verbose)
-    except KeyboardInterrupt:
-        return _fault("interrupted; what was there before is unchanged", options.verbose)
+    except KeyboardInterrupt as interrupt:
+        return _fault(str(interrupt) or "interrupted; what was there before is unchanged", options.verbose)
     except OSError as error:
         return _fault(_in_words(error), options.verbose)
     except ModuleNotFoundError as error:

@@ -434,7 +434,7 @@ def _stage(made: MadeByCommands, kept: Path, command: str) -> list[object]:
 @pytest.mark.parametrize(
     ("command", "call"),
     [
-        ("search", "hemiola_search.evaluator.Trajectory.run"),
+        ("search", "hemiola_search.evaluator.Trajectory.walk"),
         ("search", "os.fsync"),
         ("export", "pathlib.Path.write_bytes"),
         ("export", "numpy.savez"),

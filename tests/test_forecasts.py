@@ -35,6 +35,11 @@ def _rules(calibration: Calibration) -> dict[str, Weigh]:
     return {"taylor": taylor, "polynomial": polynomial, **fitted}
 
 
+def _outputs(calibration: Calibration, forward: Forward, full_steps: tuple[int, ...]) -> Floats:
+    """Return the products that a forecast is made of; behind the first full step there is plain `reuse` alone."""
+    return OUTPUTS[forward if len(full_steps) > 1 else Forward.REUSE](calibration)
+
+
 OUTPUTS: Final[dict[Forward, Callable[[Calibration], Floats]]] = {
     Forward.REUSE: lambda calibration: calibration.outputs,
     Forward.RESIDUAL: lambda calibration: calibration.residual_outputs,
@@ -239,7 +244,7 @@ def test_errors_are_those_of_the_outputs_times_what_an_error_does(
 ) -> None:
     fitted = Fitted(CALIBRATION, forward)
     expected = [
-        _error(OUTPUTS[forward](CALIBRATION), step, full_steps, fitted.weigh(step, full_steps))
+        _error(_outputs(CALIBRATION, forward, full_steps), step, full_steps, fitted.weigh(step, full_steps))
         * CALIBRATION.sensitivity[step]
         for step in range(full_steps[0] + 1, NUM_STEPS)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,8 +15,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from hemiola_export import trajectory
 from hemiola_export.model import Model
-from hemiola_runtime.schedule import FULL, REUSE
+from hemiola_runtime.schedule import FULL, REUSE, Forward, Step
 from hemiola_search.budget import Budget
 from hemiola_search.calibration import Calibration
 from hemiola_search.errors import SearchError
@@ -147,7 +149,7 @@ def test_what_a_candidate_says_itself_or_is_of_no_effect_is_shared(model: Model,
 
 def test_the_uncached_run_has_no_error_and_every_other_has_some(model: Model) -> None:
     here = site(model)
-    evaluator = here.evaluator(lambda: None)
+    evaluator = here.evaluator(lambda _: None)
     uncached = evaluator.score(_schedule(here.problem, "FFFFFF"))
     assert uncached.samples["relative_l2"] == (0.0, 0.0)
     assert uncached.quality == {"relative_l2": 0.0, "psnr": 100.0, "ssim": pytest.approx(1.0)}
@@ -159,7 +161,7 @@ def test_the_uncached_run_has_no_error_and_every_other_has_some(model: Model) ->
 
 def test_held_out_images_are_followed_step_by_step(model: Model) -> None:
     here = site(model, "held_out")
-    evaluator = here.evaluator(lambda: None)
+    evaluator = here.evaluator(lambda _: None)
     followed = evaluator.score(_schedule(here.problem, "FFCCFF"))
     assert followed.path[:2] == pytest.approx((0, 0), abs=1e-6)
     assert min(followed.path[2:]) > 1e-5
@@ -173,15 +175,15 @@ def test_following_changes_nothing_and_many_images_are_run_a_few_at_a_time(
 ) -> None:
     here = site(model, "held_out", num_held_out=5)
     candidate = _schedule(here.problem, "FCCFCC")
-    steps: list[None] = []
-    monkeypatch.setattr("hemiola_export.trajectory.TOKENS_AT_ONCE", 2 * here.problem.num_tokens)
+    done: list[int] = []  # images, of every step
+    monkeypatch.setattr(trajectory, "TOKENS_AT_ONCE", 2 * here.problem.num_tokens)
     for follows in (False, True):
-        evaluator = Evaluator(model, here.problem, here.task, None, lambda: steps.append(None), follows=follows)
+        evaluator = Evaluator(model, here.problem, here.task, None, done.append, follows=follows)
         scored = evaluator.score(candidate)
         assert len(scored.path) == (6 if follows else 0)
-    assert len(steps) == 2 * 2 * 3 * 6  # uncached and cached, twice, in parts of 2, 2 and 1 images
+    assert done == ([2] * 6 + [2] * 6 + [1] * 6) * 2 * 2  # uncached and cached, twice
     monkeypatch.undo()
-    at_once = here.evaluator(lambda: None).score(candidate)
+    at_once = here.evaluator(lambda _: None).score(candidate)
     np.testing.assert_allclose(scored.samples["relative_l2"], at_once.samples["relative_l2"], rtol=1e-3)
     np.testing.assert_allclose(scored.path, at_once.path, rtol=1e-3, atol=1e-6)
 
@@ -196,7 +198,7 @@ def test_following_changes_nothing_and_many_images_are_run_a_few_at_a_time(
 )
 def test_a_judge_is_asked_about_every_image(model: Model, count: int, agreement: float, has_frechet: bool) -> None:
     here = site(model, judge=FakeJudge(), num_images=count)
-    scored = here.evaluator(lambda: None).score(_schedule(here.problem, "FCCFCC"))
+    scored = here.evaluator(lambda _: None).score(_schedule(here.problem, "FCCFCC"))
     assert scored.quality["agreement"] == pytest.approx(agreement)
     assert scored.samples["agreement"][:3] == (1.0, 0.0, 0.0)
     assert scored.totals == ({"frechet": count} if has_frechet else {})
@@ -211,14 +213,22 @@ def test_a_judge_agrees_only_where_the_answers_are_known(
 ) -> None:
     subjects = Subjects(PROMPTS, {prompt: i for i, prompt in enumerate(PROMPTS[:num_known])})
     here = site(of_prompts, judge=FakeJudge(), subjects=subjects, num_images=6)
-    scored = here.evaluator(lambda: None).score(_schedule(here.problem, "FCCFCC"))
+    scored = here.evaluator(lambda _: None).score(_schedule(here.problem, "FCCFCC"))
     assert scored.quality.get("agreement") == (None if agreement is None else pytest.approx(agreement))
 
 
 def test_a_trajectory_that_diverges_is_refused_by_name(model: Model) -> None:
     here = site(model, guidance_scale=1e30)
-    with pytest.raises(SearchError, match=r"the images of .* are not finite.*Lower --guidance-scale"):
-        here.evaluator(lambda: None).score(_schedule(here.problem, "FCCFCC"))
+    with pytest.raises(SearchError, match=r"the uncached images are not finite.*Lower --guidance-scale"):
+        here.evaluator(lambda _: None)
+
+
+def test_a_schedule_that_diverges_has_an_infinite_error_and_no_other_figure(model: Model) -> None:
+    here = site(model, judge=FakeJudge())
+    wild = (FULL, FULL, *[Step(Forward.REUSE, None, (1e30, -1e30))] * 4)
+    scored = here.evaluator(lambda _: None).score(here.problem.candidate("by_hand", "wild", wild))
+    assert scored.diverges
+    assert (scored.quality, scored.path) == ({"relative_l2": math.inf}, ())
 
 
 # interruptions, other workers
@@ -247,7 +257,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         seen.append(("held_out" if self._follows else "searched", candidate.key))
         return scored
 
-    def calibrated(self: Site, on_step: Callable[[], None]) -> Calibration:
+    def calibrated(self: Site, on_step: Callable[[int], None]) -> Calibration:
         seen.append((self.images, "calibration"))
         return calibrate(self, on_step)
 
@@ -331,6 +341,8 @@ def test_a_calibration_is_of_as_many_images_as_the_effort_and_the_search_have(mo
     quick = CALIBRATED_IMAGES["quick"]
     for num_images, effort, count in ((2, "quick", 2), (10, "quick", quick), (10, "thorough", 10)):
         here = site(model, num_images=num_images, effort=effort)
-        found = here.calibrate(lambda: None).outputs
-        first = replace(here, problem=tiny_problem(model, num_images=count, effort="thorough")).calibrate(lambda: None)
+        found = here.calibrate(lambda _: None).outputs
+        first = replace(here, problem=tiny_problem(model, num_images=count, effort="thorough")).calibrate(
+            lambda _: None
+        )
         np.testing.assert_allclose(found, first.outputs, rtol=1e-4, atol=1e-7)

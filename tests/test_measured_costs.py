@@ -107,9 +107,9 @@ def test_what_was_not_measured_is_a_share_of_full_by_flops_and_is_named() -> Non
     assert costs.estimated == {"deep", "deep_1"}
 
 
-def test_a_forecast_that_was_not_measured_costs_what_reuse_does() -> None:
+def test_a_forecast_that_was_not_measured_costs_what_the_next_lower_order_does() -> None:
     costs = costs_of()
-    assert costs.step(Step(Forward.REUSE, None, (3.0, -3.0, 1.0)), None, None) == pytest.approx(1)
+    assert costs.step(Step(Forward.REUSE, None, (3.0, -3.0, 1.0)), None, None) == pytest.approx(1.5)
     assert costs.step(RESIDUAL, None, None) == pytest.approx(1)
     assert costs.estimated == {"reuse_2", "residual"}
 

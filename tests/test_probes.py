@@ -19,11 +19,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load(tmp_path_factory.mktemp("probes") / "model")
 
 
-@pytest.mark.parametrize("max_order", [0, 1, 2])
+@pytest.mark.parametrize("max_order", [0, 1, 2, 3])
 def test_probes_have_a_step_of_every_kind_that_a_search_may_price(model: Model, max_order: int) -> None:
     problem = tiny_problem(model, num_steps=20, max_order=max_order)
     probes = probe_schedules(model, problem)
-    kinds = {forecast_step(forward, order).kind for forward, order in forecasts_of(problem)}
+    kinds = {"reuse", *(f"{name}_{order}" for name in ("reuse", "residual") for order in range(1, max_order + 1))}
+    assert kinds >= {forecast_step(forward, order).kind for forward, order in forecasts_of(problem)}
     assert set(probes["deep"].kinds) == {"full", "deep", "tokens", *kinds}
     assert set(probes["all"].kinds) == {"full", "tokens", "reuse"}
 

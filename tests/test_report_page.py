@@ -161,11 +161,11 @@ def test_the_figures_of_a_judge_are_shown_where_there_is_one(given: ReportInput,
     assert not {"agreement", "Fréchet"} & set(page.table[0])
     judged = [replace(p, quality={**p.quality, "agreement": 0.95}) for p in points_of()]
     judged = [replace(p, intervals={**p.intervals, "agreement": (0.93, 0.97)}) for p in judged]
-    judged += [point("toca", rhythm="FSSFSS", error=0.4, quality={**FIGURES, "frechet": 12.345})]
+    judged += [point("toca", rhythm="FSSFSS", error=0.4, quality={**FIGURES, "frechet": 12.345, "lpips": 0.25})]
     page = parsed(render_report(replace(given, record=record(*judged))))
-    assert page.table[0][-4:] == ["PSNR dB", "SSIM", "agreement", "Fréchet"]
-    assert page.row("ProCache")[-4:] == ["31.3", "0.9876", "95.0% 93.0–97.0%", "–"]
-    assert page.row("ToCa")[-2:] == ["–", "12.35"]
+    assert page.table[0][-5:] == ["PSNR dB", "SSIM", "agreement", "Fréchet", "LPIPS"]
+    assert page.row("ProCache")[-5:] == ["31.3", "0.9876", "95.0% 93.0–97.0%", "–", "–"]
+    assert page.row("ToCa")[-3:] == ["–", "12.35", "0.2500"]
     assert "it is not FID" in page.text
     assert "as asked, by the judge" in page.text
 

@@ -12,8 +12,9 @@ from hemiola_export.model import Model
 from hemiola_runtime.schedule import Forward
 from hemiola_search.budget import Budget, budget_from_text
 from hemiola_search.errors import SearchError
+from hemiola_search.evaluator import Evaluator
 from hemiola_search.laboratory import Laboratory
-from hemiola_search.problem import Problem
+from hemiola_search.problem import Candidate, Problem, Scored
 from hemiola_search.published import unmeasured_schedule
 from hemiola_search.record import Point, SearchRecord
 from hemiola_search.search import BASELINES, Found, find_schedule
@@ -206,6 +207,45 @@ def test_guidance_decides_how_many_rows_an_image_has(model: Model, scale: float,
     assert schedule.guidance == guidance
     # 2 full steps of 2 blocks, D = 32, N = 16: 2·(24·16·32² + 4·16²·32 + 12·32²) = 876544 for one row
     assert schedule.measured["gflop"] == pytest.approx(2 * rows * 876544 / 1e9)
+
+
+# trajectories that diverge
+
+
+def _diverging(monkeypatch: pytest.MonkeyPatch, strategy: str, *, follows: bool) -> None:
+    """Let the schedules of a strategy diverge on the images of the search, or on those that are held out."""
+    score = Evaluator.score
+
+    def wild(self: Evaluator, candidate: Candidate) -> Scored:
+        scored = score(self, candidate)
+        if candidate.strategy == strategy and self._follows == follows:
+            return Scored(candidate, {"relative_l2": (math.inf,) * len(scored.samples["relative_l2"])}, {})
+        return scored
+
+    monkeypatch.setattr(Evaluator, "score", wild)
+
+
+@pytest.mark.parametrize("follows", [False, True], ids=["searched", "held out"])
+def test_a_strategy_whose_schedules_diverge_found_nothing(
+    model: Model, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _diverging(monkeypatch, "toca", follows=follows)
+    found = search(model, tiny_problem(model), ("uniform", "toca"), ("1.5x",))
+    (reason,) = found.record.failures["1.5×"].values()
+    assert reason.startswith("the trajectory of N = ")
+    assert reason.endswith("diverges")
+    assert found.schedule.found_by.strategy == "uniform"
+    assert "toca" not in {point.strategy for point in found.record.held_out}
+    assert all(math.isfinite(value) for point in found.record.points for value in point.quality.values())
+
+
+@pytest.mark.parametrize("follows", [False, True], ids=["searched", "held out"])
+def test_where_every_schedule_diverges_nothing_is_found(
+    model: Model, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _diverging(monkeypatch, "toca", follows=follows)
+    with pytest.raises(SearchError, match=r"toca: the trajectory of N = .* diverges"):
+        search(model, tiny_problem(model), ("toca",), ("1.5x",))
 
 
 # progress

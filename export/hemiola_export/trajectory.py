@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -82,17 +82,14 @@ class Trajectory:
     kinds: tuple[str, ...] = ()
 
     @torch.inference_mode()
-    def run(
-        self, requests: Requests, *, batch_size: int | None = None, on_step: Callable[[], None] | None = None
-    ) -> Tensor:
+    def run(self, requests: Requests, *, batch_size: int | None = None) -> Tensor:
         """Draw the final latents of all requests, (B, C, H, W).
 
         Args:
             requests: any number.
             batch_size: how many run at once; None for as many as `parts` gives.
-            on_step: called after every step of every batch, for progress and interruption.
         """
-        return torch.cat([self._run_batch(part, on_step) for part in self.parts(requests, batch_size)])
+        return torch.cat([self._run_batch(part) for part in self.parts(requests, batch_size)])
 
     def parts(self, requests: Requests, batch_size: int | None = None) -> list[Requests]:
         """Split requests into such as run at once.
@@ -118,12 +115,10 @@ class Trajectory:
         counts = token_counts(step, self.family.branches, deep, has_block_counts=self.has_block_counts)
         return {slots_name(symbol): count for symbol, count in counts.items()}
 
-    def _run_batch(self, requests: Requests, on_step: Callable[[], None] | None) -> Tensor:
+    def _run_batch(self, requests: Requests) -> Tensor:
         patches = None
         for moment in self.walk(requests):
             patches = moment.after["next_state"][0]
-            if on_step is not None:
-                on_step()
         assert patches is not None
         height, width = requests.noise.shape[2:]
         return from_patches(patches, self.family.patch_size, (height, width))

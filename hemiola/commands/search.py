@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hemiola_search.tasks import Subjects
 
 FID_FEATURES = 2048  # of Inception: no more images than these give no covariance of full rank
-IMAGES = {"quick": (10, 40), "thorough": (20, 200)}  # of the search, and held out
+IMAGES = {"quick": (10, 20), "thorough": (20, 200)}  # of the search, and held out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance-scale", type=float, help="of the trajectories; 0 for no guidance; default is 4, and 4.5 for PixArt"
     )
     parser.add_argument("--images", type=positive, help="that candidates are scored on; default is 10, thorough 20")
-    parser.add_argument("--held-out", type=int, help="other images, for the figures; default is 40, thorough 200")
+    parser.add_argument("--held-out", type=int, help="other images, for the figures; default is 20, thorough 200")
     parser.add_argument("--judge", type=Path, help="folder of a judge; default is MODEL/judge where it exists")
     parser.add_argument(
         "--metric",
@@ -140,7 +140,12 @@ def run(options: argparse.Namespace) -> int:
             return _write_probes(options.probes, model, problem)
         if UNMEASURED in names:
             return _write({options.out: unmeasured_schedule(model, problem)}, options.out)
-        found = _find(options, model, problem, perception, names, budgets if target is None else [], target, bar)
+        try:
+            found = _find(options, model, problem, perception, names, budgets if target is None else [], target, bar)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(
+                "interrupted; what was there before is unchanged, and the same command goes on from what was evaluated"
+            ) from interrupt
     folder = options.out.parent
     baselines = {folder / "baselines" / f"{name}.json": schedule for name, schedule in found.baselines.items()}
     artifacts = {**baselines, folder / "search.json": found.record, options.out: found.schedule}

@@ -1,7 +1,8 @@
-"""How strategies are named and drawn: the same in tables, plots and legends. Standard library alone."""
+"""How strategies and figures are named, written and drawn: the same everywhere. Standard library alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,6 +39,32 @@ LOOKS: Final[dict[str, Look]] = {
     "taylorseer": Look("TaylorSeer", "#974099", "<"),
     "shortest_path": Look("shortest path", "#dc505d", ">"),
     "optimised": Look("optimised", "#881038", "*"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """How a figure of quality beside the error is shown.
+
+    Attributes:
+        name: as people call it.
+        write: makes its number a text.
+        unit: behind the number; empty where it has none.
+    """
+
+    name: str
+    write: Callable[[float], str]
+    unit: str = ""
+
+
+FIGURES: Final[dict[str, Figure]] = {
+    "psnr": Figure("PSNR", "{:.1f}".format, "dB"),
+    "ssim": Figure("SSIM", "{:.4f}".format),
+    "agreement": Figure("agreement", "{:.1%}".format),
+    "frechet": Figure("Fréchet", "{:.4g}".format),
+    "lpips": Figure("LPIPS", "{:.4f}".format),
+    "clip_score": Figure("CLIP score", "{:.2f}".format),
+    "fid": Figure("FID", "{:.4g}".format),
 }
 
 

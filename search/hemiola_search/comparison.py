@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from hemiola_runtime.graph_set import UNCACHED
-from hemiola_search.appearance import LOOKS, amount, interval_text, look_of, significant
+from hemiola_search.appearance import FIGURES, LOOKS, amount, interval_text, look_of, significant
 from hemiola_search.errors import SearchError
 from hemiola_search.record import Point, SearchRecord
 
@@ -100,6 +100,16 @@ def first_budget(record: SearchRecord) -> str:
     if not record.limits:
         raise SearchError("the record names no budget; `hemiola search` writes valid records")
     return next(iter(record.limits))
+
+
+def figures_of(record: SearchRecord) -> list[str]:
+    """Return which figures were taken beside the error, in the order of tables."""
+    return [name for name in FIGURES if any(name in point.quality for point in record.held_out)]
+
+
+def has_figure(point: Point, name: str) -> bool:
+    """Tell whether a figure says something of a schedule: the PSNR of what does not differ is a ceiling."""
+    return name in point.quality and not (name == "psnr" and point.quality[ERROR] == 0)
 
 
 def uncached_point(record: SearchRecord) -> Point:

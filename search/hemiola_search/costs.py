@@ -158,7 +158,9 @@ class MeasuredCosts(Costs):
         """Add to what reading the cache costs a share of `full`, by FLOPs."""
         full = self._known("full")
         cached = Forward.RESIDUAL if step.forward is Forward.RESIDUAL else Forward.REUSE
-        floor = self._known(Step(cached, None, step.forecast).kind) or self._known("reuse") or 0.0
+        orders = [step.forecast[:length] for length in range(len(step.forecast), 1, -1)]  # its own, or the next lower
+        kinds = [*(Step(cached, None, forecast).kind for forecast in orders), REUSE.kind]
+        floor = next((known for kind in kinds if (known := self._known(kind)) is not None), 0.0)
         assert full is not None, "every table holds `full`"
         least, most = (self._flops.step(s, deep_start, mask) for s in (REUSE, FULL))
         share = (self._flops.step(step, deep_start, mask) - least) / (most - least)

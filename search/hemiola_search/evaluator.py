@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -24,7 +25,7 @@ from hemiola_search.tasks import Task
 
 LATENTS_DECODED_AT_ONCE: Final = 8 * 32 * 32  # a VAE's activations are large: eight pictures of 256 × 256 pixels
 
-OnStep = Callable[[], None]
+OnStep = Callable[[int], None]
 Latents = NDArray[np.float32]
 
 
@@ -49,9 +50,12 @@ class Evaluator:
             problem: what is searched for.
             task: the images.
             judge: for agreement and Fréchet distance; None where there is none.
-            on_step: told after every step that is computed.
+            on_step: told after every step of how many images it was.
             perception: for figures by pretrained networks; None where none were asked for.
             follows: whether errors are told along the trajectory too.
+
+        Raises:
+            SearchError: the uncached trajectory diverges.
         """
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model
@@ -71,14 +75,21 @@ class Evaluator:
         self._uncached = Candidate("full", "uncached", problem.num_inference_steps, steps)
         self._samples: list[Latents] = []  # of the uncached run, behind every step
         self._reference = self._run(self._uncached, self._samples)
+        if not np.isfinite(self._reference).all():
+            raise SearchError(
+                "the uncached images are not finite: the trajectory diverges. Lower --guidance-scale, or try another "
+                "--scheduler"
+            )
         self._reference_images = self._images(self._reference)
 
     def score(self, candidate: Candidate) -> Scored:
-        """Run a candidate; returns it with its figures."""
+        """Run a candidate; returns it with its figures, an infinite error alone where its trajectory diverges."""
         if candidate.key == self._uncached.key:
             return self._judged(candidate, self._reference, self._reference_images, ())
         samples: list[Latents] = []
         latents = self._run(candidate, samples)
+        if not np.isfinite(latents).all():
+            return Scored(candidate, {"relative_l2": (math.inf,) * len(latents)}, {})
         pairs = zip(samples, self._samples, strict=True) if len(samples) == len(self._samples) else ()
         path = tuple(float(relative_l2(mine, theirs).mean()) for mine, theirs in pairs)
         return self._judged(candidate, latents, self._images(latents), path)
@@ -89,11 +100,6 @@ class Evaluator:
             "psnr": psnr(images, self._reference_images),
             "ssim": ssim(images, self._reference_images),
         }
-        if not all(np.isfinite(values).all() for values in found.values()):
-            raise SearchError(
-                f"the images of {candidate.strategy} {candidate.name} are not finite: the trajectory diverges. "
-                "Lower --guidance-scale, or try another --scheduler"
-            )
         totals: dict[str, float] = {}
         if self._perception is not None:
             samples, totals = self._perception.look(images, self._reference_images, self._prompts)
@@ -120,20 +126,19 @@ class Evaluator:
             has_block_counts=candidate.has_block_counts,
             pixels_per_latent=self._model.pixels_per_latent,
         )
-        if not self._follows:
-            drawn: Latents = trajectory.run(self._requests, on_step=self._on_step).cpu().numpy()
-            return drawn
         size = (self._requests.noise.shape[2], self._requests.noise.shape[3])
-        followed: list[list[Latents]] = []  # of each part, behind every step
+        drawn: list[list[Latents]] = []  # of each part, behind every step, or the last one alone
         with torch.inference_mode():
             for part in trajectory.parts(self._requests):
-                followed.append([])
+                drawn.append([])
                 for moment in trajectory.walk(part):
-                    patches = moment.after["next_state"][0]
-                    followed[-1].append(from_patches(patches, self._family.patch_size, size).cpu().numpy())
-                    self._on_step()
-        samples += [np.concatenate(of_step) for of_step in zip(*followed, strict=True)]
-        return samples[-1]
+                    if self._follows or moment.index == len(candidate.steps) - 1:
+                        patches = moment.after["next_state"][0]
+                        drawn[-1].append(from_patches(patches, self._family.patch_size, size).cpu().numpy())
+                    self._on_step(len(part))
+        behind = [np.concatenate(of_step) for of_step in zip(*drawn, strict=True)]
+        samples += behind if self._follows else []
+        return behind[-1]
 
     def _images(self, latents: Latents) -> Latents:
         if self._decoder is None:

@@ -34,7 +34,7 @@ class Worker:
 
     def __init__(self, site: Site, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self._here = Here(site, lambda: None)
+        self._here = Here(site, lambda _: None)
 
     def score(self, candidate: Candidate) -> Scored:
         """Score one candidate."""
@@ -50,12 +50,12 @@ class Worker:
 class Fleet:
     """Workers: those of a cluster. The connection to it is shared by all fleets of a process, and ends with it."""
 
-    def __init__(self, site: Site, on_step: Callable[[], None], *, address: str) -> None:
+    def __init__(self, site: Site, on_step: Callable[[int], None], *, address: str) -> None:
         """Start the workers.
 
         Args:
             site: what they score at.
-            on_step: told after every step; all those of a schedule when it comes back.
+            on_step: told after every step of how many images it was; of all of a schedule when it comes back.
             address: of the cluster, as Ray takes it: `auto`, `host:port`, `ray://host:port`; `local` for this machine.
 
         Raises:
@@ -81,7 +81,7 @@ class Fleet:
             scores = pool.map_unordered(lambda worker, candidate: worker.score.remote(candidate), list(candidates))
             for scored in scores:
                 for _ in scored.candidate.steps:
-                    self._on_step()
+                    self._on_step(len(scored.samples["relative_l2"]))
                 on_scored(scored)
 
     def calibrate(self) -> Calibration:

@@ -86,8 +86,8 @@ class Fitted:
 
     def __init__(self, calibration: Calibration, forward: Forward = Forward.REUSE) -> None:
         """Set up for `reuse`, whose forecasts are of layers, or for `residual`."""
-        self._sensitivity = calibration.sensitivity
-        self._outputs = calibration.outputs if forward is Forward.REUSE else calibration.residual_outputs
+        self._calibration = calibration
+        self._forward = forward
         self._known: dict[tuple[int, ...], tuple[Floats, Floats]] = {}
 
     def weigh(self, step: int, full_steps: tuple[int, ...]) -> tuple[float, ...]:
@@ -103,7 +103,9 @@ class Fitted:
         """Fit the weights (n, o + 1) and errors (n,) of all n steps behind the newest of o + 1 full ones."""
         if full_steps not in self._known:
             later, places = slice(full_steps[0] + 1, None), np.array(full_steps)
-            products = self._outputs[later]  # (n, T, T)
+            is_residual = self._forward is Forward.RESIDUAL and len(places) > 1  # behind one full step, plain reuse
+            outputs = self._calibration.residual_outputs if is_residual else self._calibration.outputs
+            products = outputs[later]  # (n, T, T)
             steps = np.arange(len(products)) + full_steps[0] + 1
             between = products[:, places[:, None], places]  # (n, o + 1, o + 1)
             with_true = products[np.arange(len(steps))[:, None], places, steps[:, None]]  # (n, o + 1)
@@ -121,6 +123,6 @@ class Fitted:
                 - 2 * (weights * with_true).sum(axis=1)
                 + np.einsum("na,nab,nb->n", weights, between, weights)
             )
-            errors = np.sqrt(np.maximum(squared, 0)) * self._sensitivity[later]
+            errors = np.sqrt(np.maximum(squared, 0)) * self._calibration.sensitivity[later]
             self._known[full_steps] = weights, errors
         return self._known[full_steps]

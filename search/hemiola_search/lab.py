@@ -34,7 +34,7 @@ class Lab:
 
     Attributes:
         problem: what is searched for.
-        tried: everything that was scored, in order.
+        tried: everything that was scored and does not diverge, in order.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Lab:
             same = found[candidate.key]
             assert same is not None, "every candidate was scored"
             scored.append(Scored(candidate, same.samples, same.totals, same.path))
-        self.tried += scored
+        self.tried += [one for one in scored if not one.diverges]
         return scored
 
     def uncached(self) -> Scored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Final, Literal
 
 import torch
@@ -80,14 +80,14 @@ class Site:
             parts["metrics"] = self.perception.digest
         return sha256_of(json.dumps(parts, sort_keys=True).encode())
 
-    def evaluator(self, on_step: Callable[[], None]) -> Evaluator:
+    def evaluator(self, on_step: Callable[[int], None]) -> Evaluator:
         """Draw the uncached images."""
         follows = self.images == "held_out"
         return Evaluator(
             self.model, self.problem, self.task, self.judge, on_step, perception=self.perception, follows=follows
         )
 
-    def calibrate(self, on_step: Callable[[], None]) -> Calibration:
+    def calibrate(self, on_step: Callable[[int], None]) -> Calibration:
         """Measure an uncached run of the first images."""
         problem, effort = self.problem, self.problem.options.effort
         is_guided = problem.guidance == "classifier_free"
@@ -101,14 +101,14 @@ class Site:
             is_guided=is_guided,
             pixels_per_latent=self.model.pixels_per_latent,
             stride=STRIDES[effort],
-            on_step=on_step,
+            on_step=lambda: on_step(count),
         )
 
 
 class Here:
     """Workers: this process. Draws the uncached images when the first candidate is scored."""
 
-    def __init__(self, site: Site, on_step: Callable[[], None]) -> None:
+    def __init__(self, site: Site, on_step: Callable[[int], None]) -> None:
         self._site = site
         self._on_step = on_step
 
@@ -136,7 +136,7 @@ class Laboratory:
         judge: Judge | None,
         perception: Perception | None = None,
         store: Store,
-        workers: Callable[[Site, Callable[[], None]], Workers] = Here,
+        workers: Callable[[Site, Callable[[int], None]], Workers] = Here,
         on_work: Callable[[int], None] = lambda _: None,
         on_left: Callable[[int], None] = lambda _: None,
         on_stage: Callable[[str], None] = lambda _: None,
@@ -168,10 +168,7 @@ class Laboratory:
             perception.check_model(model)
         looking = {"searched": None, "held_out": perception}
         self._sites = {images: Site(model, problem, subjects, judge, images, looking[images]) for images in places}
-        counts = {"searched": problem.options.num_images, "held_out": problem.options.num_held_out}
-        self._workers = {
-            images: workers(site, partial(on_work, counts[images])) for images, site in self._sites.items()
-        }
+        self._workers = {images: workers(site, on_work) for images, site in self._sites.items()}
 
     def expect(self, num_searched: int, num_held_out: int) -> None:
         """Say how many schedules are still to be scored."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Iterable
 
-from hemiola_search.appearance import amount, look_of, significant
+from hemiola_search.appearance import FIGURES, amount, look_of, significant
 from hemiola_search.comparison import (
     ERROR,
     Row,
@@ -14,19 +13,12 @@ from hemiola_search.comparison import (
     costs_text,
     described,
     error_text,
+    figures_of,
+    has_figure,
     rows_of,
     uncached_point,
 )
 from hemiola_search.record import Point, SearchRecord
-
-FIGURES: Final[dict[str, tuple[str, Callable[[float], str]]]] = {  # beside the error, where they were taken
-    "psnr": ("PSNR", "{:.1f} dB".format),
-    "agreement": ("agreement", "{:.1%}".format),
-    "frechet": ("Fréchet", "{:.4g}".format),
-    "lpips": ("LPIPS", "{:.4f}".format),
-    "clip_score": ("CLIP score", "{:.2f}".format),
-    "fid": ("FID", "{:.4g}".format),
-}
 
 
 def record_lines(record: SearchRecord) -> list[str]:
@@ -48,9 +40,9 @@ def record_lines(record: SearchRecord) -> list[str]:
 
 
 def _table(record: SearchRecord, rows: Iterable[Row]) -> list[str]:
-    figures = [name for name in FIGURES if any(name in point.quality for point in record.held_out)]
+    figures = [name for name in figures_of(record) if name != "ssim"]  # beside PSNR it tells little more
     heads = ["strategy", "schedule", "full steps", record.costs.unit, "speed-up", "relative L2 (95 %)"]
-    heads += [FIGURES[name][0] for name in figures]
+    heads += [FIGURES[name].name for name in figures]
     uncached = uncached_point(record)
     lines = [_line(heads), _line(["---"] * 2 + ["---:"] * (len(heads) - 2))]
     lines.append(_line(["uncached", "", *_costs(uncached, 1.0), "0", *_figures(uncached, figures)]))
@@ -66,9 +58,8 @@ def _costs(point: Point, speedup: float) -> list[str]:
 
 
 def _figures(point: Point, names: Iterable[str]) -> list[str]:
-    is_exact = point.quality[ERROR] == 0  # its PSNR is a ceiling, and no figure
     return [
-        FIGURES[name][1](point.quality[name]) if name in point.quality and not (is_exact and name == "psnr") else ""
+        f"{FIGURES[name].write(point.quality[name])} {FIGURES[name].unit}".rstrip() if has_figure(point, name) else ""
         for name in names
     ]
 

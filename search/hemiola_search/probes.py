@@ -6,11 +6,11 @@ from typing import Final
 
 from hemiola_export.model import Model
 from hemiola_runtime.artifacts import MadeBy
-from hemiola_runtime.schedule import DEEP, FULL, REUSE, FoundBy, Schedule, Step, tokens
+from hemiola_runtime.schedule import DEEP, FULL, REUSE, Forward, FoundBy, Schedule, Step, tokens
 from hemiola_search.errors import SearchError
 from hemiola_search.problem import Candidate, Problem
 from hemiola_search.strategies import toca
-from hemiola_search.strategies.shortest_path import forecast_step, forecasts_of
+from hemiola_search.strategies.shortest_path import forecast_step
 
 DEEP_PROBE: Final = "deep"  # with ProCache's deep blocks
 ALL_PROBE: Final = "all"  # with ToCa's tokens in all blocks
@@ -23,13 +23,13 @@ def probe_schedules(model: Model, problem: Problem) -> dict[str, Schedule]:
         SearchError: the sampler has too few steps for a step of every kind.
     """
     most = problem.options.max_order
-    cached = [forecast_step(forward, order) for forward, order in forecasts_of(problem)]
+    forecasts = [forecast_step(f, order) for f in (Forward.REUSE, Forward.RESIDUAL) for order in range(1, most + 1)]
     some = max(1, problem.num_tokens // 4)
     deep = [] if problem.deep_start == problem.num_blocks else [DEEP, tokens(some)]
     counts = tuple((some,) * problem.num_blocks for _ in problem.branches[1:])
     selector = toca.recipe_of(problem).selector
     probes = {
-        DEEP_PROBE: problem.candidate("probe", DEEP_PROBE, _steps(problem, most, [*cached, *deep])),
+        DEEP_PROBE: problem.candidate("probe", DEEP_PROBE, _steps(problem, most, [REUSE, *forecasts, *deep])),
         ALL_PROBE: Candidate(
             "probe", ALL_PROBE, problem.num_inference_steps, _steps(problem, 0, [REUSE, tokens(counts)]), 0, selector
         ),

@@ -249,6 +249,11 @@ class Scored:
         return {name: math.fsum(values) / len(values) for name, values in self.samples.items()} | self.totals
 
     @property
+    def diverges(self) -> bool:
+        """Whether its trajectory ends in numbers that are not finite; it has no figures then."""
+        return not math.isfinite(self.error)
+
+    @property
     def error(self) -> float:
         """What is made small: the relative L2 of the final latents, its geometric mean over the images.
 

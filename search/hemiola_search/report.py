@@ -17,7 +17,7 @@ from hemiola_runtime.bench import Machine, Measurement
 from hemiola_runtime.graph_set import UNCACHED
 from hemiola_runtime.manifest import Manifest
 from hemiola_runtime.schedule import Forward, Schedule
-from hemiola_search.appearance import amount, look_of, significant
+from hemiola_search.appearance import FIGURES, amount, look_of, significant
 from hemiola_search.comparison import (
     ERROR,
     Row,
@@ -26,7 +26,9 @@ from hemiola_search.comparison import (
     chosen_point,
     costs_text,
     described,
+    figures_of,
     findings_of,
+    has_figure,
     rows_of,
     strategies_of,
     uncached_point,
@@ -102,7 +104,7 @@ def render_report(given: ReportInput) -> str:
         path_legend=_path_legend(next(iter(budgets.values()))),
         budgets=[_budget(record, budget, rows, keys) for budget, rows in budgets.items()],
         uncached=_cells(record, uncached),
-        figures=_figures(record),
+        figures={name: FIGURES[name] for name in figures_of(record)},
         has_gflop=record.costs.unit != "GFLOP",
         notes=NOTES,
         letters=[letter for letter in NOTES if any(letter in point.rhythm for point in record.held_out)],
@@ -164,13 +166,13 @@ def _headline(chosen: Measurement, best: Point, rows: Sequence[Row]) -> list[dic
     figures = [
         {"value": f"{chosen.speedup:.2f}×", "name": "faster than uncached, measured end to end", "range": ""},
         _headline_figure(best, ERROR, "relative L2 error of the latents", significant),
-        _headline_figure(best, "psnr", "PSNR against uncached, dB", "{:.1f}".format),
+        _headline_figure(best, "psnr", "PSNR against uncached, dB", FIGURES["psnr"].write),
     ]
     if row.of_uniform is not None and row.verdict is not Verdict.SAME:
         said = "of the uniform period’s error at this cost"
         figures.insert(2, {"value": f"{row.of_uniform:.2f}×", "name": said, "range": ""})
     if "agreement" in best.quality:
-        figures.append(_headline_figure(best, "agreement", "as asked, by the judge", "{:.1%}".format))
+        figures.append(_headline_figure(best, "agreement", "as asked, by the judge", FIGURES["agreement"].write))
     return figures
 
 
@@ -184,12 +186,6 @@ def _range(point: Point, name: str, write: Any) -> str:
         return ""
     low, high = map(write, point.intervals[name])
     return f"{low.removesuffix('%')}–{high}"
-
-
-def _figures(record: SearchRecord) -> list[str]:
-    """Return which figures the table shows beside the error."""
-    known = ("psnr", "ssim", "agreement", "frechet")
-    return [name for name in known if any(name in point.quality for point in record.held_out)]
 
 
 def _failed(record: SearchRecord) -> list[str]:
@@ -228,18 +224,12 @@ def _row(record: SearchRecord, row: Row, keys: Mapping[str, str]) -> dict[str, A
 
 def _cells(record: SearchRecord, point: Point) -> dict[str, Any]:
     """Write out the figures of a point."""
-    writers = {
-        "psnr": "{:.1f}".format,
-        "ssim": "{:.4f}".format,
-        "agreement": "{:.1%}".format,
-        "frechet": "{:.4g}".format,
-    }
     is_uncached = point.strategy == UNCACHED
     figures = []
-    for name in _figures(record):
-        is_told = name in point.quality and not (is_uncached and name == "psnr")  # of itself it says nothing
-        value = writers[name](point.quality[name]) if is_told else "–"
-        interval = "" if is_uncached or not is_told else _range(point, name, writers[name])
+    for name in figures_of(record):
+        is_told, write = has_figure(point, name), FIGURES[name].write
+        value = write(point.quality[name]) if is_told else "–"
+        interval = "" if is_uncached or not is_told else _range(point, name, write)
         figures.append({"value": value, "interval": interval})
     return {
         "strategy": point.strategy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -48,6 +48,17 @@ class _Outcome:
     held_out: dict[str, Scored] = field(default_factory=dict)  # the same on the others
     failures: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def reasons(self) -> str:
+        """Why strategies found nothing."""
+        return "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
+
+    def drop_diverging(self, scored: Mapping[str, Scored]) -> None:
+        """Take schedules of some strategies for nothing if they diverge where they were scored."""
+        for name in [name for name, one in scored.items() if one.diverges]:
+            self.failures[name] = f"the trajectory of {self.best.pop(name).candidate.name} diverges"
+            self.held_out.pop(name, None)
+
 
 def find_schedule(
     laboratory: Laboratory,
@@ -83,10 +94,9 @@ def find_schedule(
         str(budget): _outcome(laboratory, names, budget, len(distinct) - i - 1) for i, budget in enumerate(distinct)
     }
     first = outcomes[str(asked[0])]
-    found = _best(first, strategies)
-    if found is None:
-        raise SearchError("; ".join(f"{name}: {reason}" for name, reason in first.failures.items()))
+    _found(first, strategies)  # or nothing is worth judging
     _judge(laboratory, outcomes)
+    found = _found(first, strategies)
     made_by = MadeBy.here("torch", "diffusers", "numpy", "optuna")
     points = [_point(problem, "", laboratory.uncached(), "held_out")]
     for budget, outcome in outcomes.items():
@@ -130,9 +140,21 @@ def _outcome(laboratory: Laboratory, names: Sequence[str], budget: Budget, num_l
             outcome.best[name] = STRATEGIES[name](lab)[0]
         except SearchError as error:
             outcome.failures[name] = str(error)
+    outcome.drop_diverging(outcome.best)
     if not outcome.best:
-        raise SearchError("; ".join(f"{name}: {reason}" for name, reason in outcome.failures.items()))
+        raise SearchError(outcome.reasons)
     return outcome
+
+
+def _found(outcome: _Outcome, strategies: Sequence[str]) -> Scored:
+    """Return the best schedule of some strategies.
+
+    Raises:
+        SearchError: none of them found any.
+    """
+    if (found := _best(outcome, strategies)) is None:
+        raise SearchError(outcome.reasons)
+    return found
 
 
 def _best(outcome: _Outcome, strategies: Sequence[str]) -> Scored | None:
@@ -168,6 +190,8 @@ def _judge(laboratory: Laboratory, outcomes: dict[str, _Outcome]) -> None:
     scored = lab.score([outcome.best[name].candidate for outcome, name in best])
     for (outcome, name), held_out in zip(best, scored, strict=True):
         outcome.held_out[name] = held_out
+    for outcome in outcomes.values():
+        outcome.drop_diverging(outcome.held_out)
 
 
 def _cost_source(laboratory: Laboratory) -> CostSource:
