@@ -61,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hemiola", description="Searched feature caching for Diffusion Transformers, deployed as compiled engines."
@@ -74,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=summary.rstrip("."),
             description=command.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         command.add_arguments(subparser)
         subparser.add_argument("--verbose", action="store_true", help="log everything, and show tracebacks of faults")

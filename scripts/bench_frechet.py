@@ -1,4 +1,4 @@
-"""Judge many images that a bundle's compiled engines draw, for each of its schedules, and write the figures.
+"""Judge many images that compiled engines draw, for each schedule of one or several bundles, and write the figures.
 
     python scripts/bench_frechet.py out/digits/bundle --model examples/digits --out benchmarks/digits_frechet.json
 
@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -102,17 +103,19 @@ class Seen:
 def main() -> None:
     """Draw, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="+", help="of one model; the first draws what several have")
     parser.add_argument("--model", type=Path, required=True, help="folder that holds the judge")
-    parser.add_argument("--schedule", action="append", help="of the bundle; may be given again; default is all of them")
+    parser.add_argument(
+        "--schedule", action="append", help="of the bundles; may be given again; default is all of them"
+    )
     parser.add_argument("--images", type=int, default=5000, help="of each schedule, 5 or more; default is %(default)s")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.images < FIFTHS:
         parser.error(f"--images is {FIFTHS} or more")
     try:
-        with Sampler.open(options.bundle) as sampler:
-            record = _measure(sampler, options)
+        with ExitStack() as stack:
+            record = _measure([stack.enter_context(Sampler.open(bundle)) for bundle in options.bundle], options)
     except HemiolaError as error:
         sys.exit(f"bench_frechet: {error}")
     except KeyboardInterrupt:
@@ -124,20 +127,22 @@ def main() -> None:
         print(f"{name:20}agreement {row['agreement']:.4f} [{low:.4f}, {high:.4f}]   Fréchet {distance}")
 
 
-def _measure(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(samplers: Sequence[Sampler], options: argparse.Namespace) -> dict[str, Any]:
     judge, seen = Judge(options.model / "judge"), Seen(options.out.with_suffix(".npz"))
-    manifest, count, subjects = sampler.manifest, options.images, subjects_of(sampler, options.model / "judge")
-    names = options.schedule or list(sampler.schedules)
-    if unknown := [name for name in names if name not in sampler.schedules]:
-        raise SearchError(f"the bundle has no schedule {unknown[0]!r}; it has {', '.join(sampler.schedules)}")
-    keys = {name: _key(sampler, name, judge, subjects) for name in names}
+    drawn_by, manifest, count = _by_schedule(samplers), samplers[0].manifest, options.images
+    subjects = subjects_of(samplers[0], options.model / "judge")
+    names = options.schedule or list(drawn_by)
+    if unknown := [name for name in names if name not in drawn_by]:
+        raise SearchError(f"no bundle has a schedule {unknown[0]!r}; there are {', '.join(drawn_by)}")
+    keys = {name: _key(drawn_by[name], name, judge, subjects) for name in names}
     left = sum(max(0, count - seen.count(key)) for key in keys.values())
     with tqdm(total=left, unit="image", disable=None, dynamic_ncols=True) as bar:
         try:
             for name, key in keys.items():
                 bar.set_description(name)
-                for start in range(seen.count(key), count, manifest.max_batch_size):
-                    stop = min(start + manifest.max_batch_size, count)
+                sampler, at_once = drawn_by[name], drawn_by[name].manifest.max_batch_size
+                for start in range(seen.count(key), count, at_once):
+                    stop = min(start + at_once, count)
                     images = sampler.generate(**subjects.request(start, stop), schedule=name).images
                     seen.add(key, judge.look(images / np.float32(255)))
                     bar.update(stop - start)
@@ -145,7 +150,7 @@ def _measure(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
             seen.save()
     schedules: dict[str, Any] = {}
     for name, key in keys.items():
-        schedule = sampler.schedules[name]
+        schedule = drawn_by[name].schedules[name]
         schedules[name] = {"sampler": schedule.scheduler.label, "rhythm": schedule.rhythm, "digest": key}
         schedules[name] |= figures(judge, subjects, *seen.first(key, count))
     return {
@@ -159,6 +164,24 @@ def _measure(sampler: Sampler, options: argparse.Namespace) -> dict[str, Any]:
         "made_by": asdict(MadeBy.here("numpy", "scipy", "onnxruntime", entry_of(manifest.backend.name).distribution)),
         "schedules": schedules,
     }
+
+
+def _by_schedule(samplers: Sequence[Sampler]) -> dict[str, Sampler]:
+    """Return who draws each schedule: the first bundle that has it.
+
+    Raises:
+        SearchError: the bundles would not draw alike.
+    """
+    kinds = []
+    for manifest in (sampler.manifest for sampler in samplers):
+        pipeline = manifest.pipeline
+        kinds.append((pipeline.model.weights_sha256, manifest.precision, manifest.backend, pipeline.guidance_scale))
+    if kinds.count(kinds[0]) != len(kinds):
+        raise SearchError("the bundles differ in model, precision, backend or guidance: compare each by itself")
+    found: dict[str, Sampler] = {}
+    for sampler in samplers:
+        found |= {name: sampler for name in sampler.schedules if name not in found}
+    return found
 
 
 def figures(judge: Judge, subjects: Subjects, read: NDArray[np.int64], features: NDArray[np.float32]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 
+import diffusers
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bundles import Made
+from bundles import Made, make_bundle, schedule_from_rhythm
+from hemiola_export.model import load_model
 from hemiola_runtime.results import Result
 from hemiola_runtime.sampler import Sampler
 from hemiola_search.judge import Judge
@@ -70,11 +72,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bench(script: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The script, called with a bundle and arguments; returns what it writes."""
+    """The script, called with bundles and arguments; returns what it writes."""
     out = tmp_path / "figures" / "frechet.json"
 
-    def run(bundle: Path, *arguments: object) -> dict[str, Any]:
-        command = ["bench_frechet.py", bundle, "--model", model, "--out", out, *arguments]
+    def run(*arguments: object) -> dict[str, Any]:
+        command = ["bench_frechet.py", "--model", model, "--out", out, *arguments]
         monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         script.main()
         written: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -118,6 +120,33 @@ def test_no_seed_is_one_of_a_search(unguided: Made, bench: Bench, requests: list
     bench(unguided.bundle, "--images", 6)
     assert _seeds(requests, "short") == _seeds(requests, "full") == list(range(FIRST_SEED, FIRST_SEED + 6))
     assert HELD_OUT_SEED + 100_000 < FIRST_SEED
+
+
+@pytest.fixture(scope="module")
+def longer(unguided: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The same model with other schedules, for three images at once."""
+    model = load_model(str(unguided.model))
+    solver = diffusers.EulerDiscreteScheduler.from_config(model.scheduler.config)
+    schedule = schedule_from_rhythm(model, solver, "FCCFC", guidance="none")
+    return make_bundle(tmp_path_factory.mktemp("longer"), unguided.model, {"long": schedule}, max_batch_size=3)
+
+
+def test_several_bundles_share_a_record_and_the_first_draws_what_they_have_in_common(
+    unguided: Made, longer: Made, bench: Bench, requests: list[dict[str, Any]]
+) -> None:
+    alone = {name: bench(made.bundle, "--images", 6)["schedules"] for made, name in ((unguided, "a"), (longer, "b"))}
+    requests.clear()
+    both = bench(unguided.bundle, longer.bundle, "--images", 6)["schedules"]
+    assert both == alone["a"] | {"long": alone["b"]["long"]}
+    assert list(both) == ["short", "full", "long"]
+    assert not requests
+    bench(unguided.bundle, longer.bundle, "--images", 8, "--schedule", "long", "--schedule", "full")
+    assert [(request["schedule"], len(request["seeds"])) for request in requests] == [("long", 2), ("full", 2)]
+
+
+def test_bundles_of_two_models_are_not_compared(unguided: Made, latent: Made, bench: Bench) -> None:
+    with pytest.raises(SystemExit, match="the bundles differ in model"):
+        bench(unguided.bundle, latent.bundle, "--images", 6)
 
 
 def test_distances_of_too_few_images_are_none(unguided: Made, bench: Bench) -> None:
@@ -186,7 +215,7 @@ def test_a_model_of_prompts_draws_those_of_its_judge_in_turn(tmp_path: Path, scr
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--schedule", "other"), "no schedule 'other'; it has short, full"),
+        (("--schedule", "other"), "no bundle has a schedule 'other'; there are short, full"),
         (("--model", "nowhere"), "holds no judge that can be used"),
     ],
 )

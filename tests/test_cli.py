@@ -298,6 +298,13 @@ def test_help_imports_nothing_heavy(helps: dict[str, tuple[int, str, list[str]]]
     assert text.startswith("hemiola " if arguments == "--version" else "usage: hemiola")
 
 
+def test_help_names_defaults_where_there_is_one(helps: dict[str, tuple[int, str, list[str]]]) -> None:
+    texts = {command: text for command, (_, text, _) in helps.items()}
+    assert "(default: 0.25)" in texts["search --help"]
+    for absent in ("None", "False", "[]"):
+        assert [command for command, text in texts.items() if f"default: {absent}" in text] == []
+
+
 def test_help_lists_every_command(helps: dict[str, tuple[int, str, list[str]]]) -> None:
     text = helps["--help"][1]
     assert all(f"    {name} " in text for name in COMMANDS)
