@@ -34,11 +34,12 @@ from hemiola_runtime.artifacts import MadeBy, write_text
 from hemiola_runtime.backends import BACKENDS, cuda
 from hemiola_runtime.bench import Machine, gpu_state
 from hemiola_runtime.errors import HemiolaError
-from hemiola_runtime.schedule import DEEP, FULL, REUSE, Forward, Schedule, TokenSelector
+from hemiola_runtime.schedule import DEEP, FULL, RESIDUAL, REUSE, Forward, Schedule, TokenSelector
 
 SELECTOR: Final = TokenSelector("value_norm", staleness_weight=0.0625, spatial_bonus=0.6, spatial_size=2, seed=0)
 TOKEN_RATIO: Final = 0.15  # both as `hemiola search` has them
 DEEP_RATIO: Final = 0.25
+FORECAST_PERIOD: Final = 5.0  # 11 full of 50 steps: about 4× where a forecast of the residual costs next to nothing
 LIBRARIES: Final = (
     *("torch", "triton", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings"),
     *("tensorrt", "tensorrt-rtx-cu13"),
@@ -132,12 +133,17 @@ def _load_model(options: argparse.Namespace) -> Any:
 
 
 def _schedules(options: argparse.Namespace, model: Any) -> dict[str, Schedule]:
-    """Return the published rhythm with `tokens` and `deep` steps, and a schedule for every kind of forward alone."""
+    """Return what is measured.
+
+    The published rhythm with `tokens` and `deep` steps, one that forecasts the residual as schedules that are searched
+    for do, and one for every kind of forward alone.
+    """
     from hemiola_export.model import make_scheduler
     from hemiola_search.budget import Budget
     from hemiola_search.problem import SearchOptions
     from hemiola_search.problems import problem_for
     from hemiola_search.published import unmeasured_schedule
+    from hemiola_search.strategies.taylorseer import candidate
 
     scheduler = make_scheduler(model, "ddim", {})
     settings = SearchOptions(
@@ -155,12 +161,19 @@ def _schedules(options: argparse.Namespace, model: Any) -> dict[str, Schedule]:
         seed=0,
     )
     budget = Budget(options.budget, "full")
-    published = unmeasured_schedule(model, problem_for(model, scheduler, options.steps, settings, budget))
+    problem = problem_for(model, scheduler, options.steps, settings, budget)
+    published = unmeasured_schedule(model, problem)
+    forecast = candidate(problem, FORECAST_PERIOD, 1, Forward.RESIDUAL)
+    residual = replace(RESIDUAL, forecast=(1.0, 0.0))
     (selective,) = {step for step in published.steps if step.forward is Forward.TOKENS}
     others = len(published.steps) - 1
     found = {
         "published": published,
+        "forecast": replace(published, deep_start=None, selector=None, steps=forecast.steps),
         "only_reuse": replace(published, deep_start=None, selector=None, steps=(FULL, *[REUSE] * others)),
+        f"only_{residual.kind}": replace(
+            published, deep_start=None, selector=None, steps=(FULL, FULL, *[residual] * (others - 1))
+        ),
         "only_tokens": replace(published, steps=(FULL, *[selective] * others)),
     }
     if options.deep:

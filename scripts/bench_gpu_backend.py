@@ -27,7 +27,7 @@ from hemiola_runtime.report import RunReport
 from hemiola_runtime.sampler import Sampler
 from hemiola_runtime.schedule import Forward
 
-ONLY: Final = "only_"  # schedules of one full step and then one kind alone: they tell its time within a CUDA graph
+ONLY: Final = "only_"  # schedules of full steps and then one kind alone: they tell its time within a CUDA graph
 
 Body = dict[str, Any]
 Key = tuple[str, str]  # how it ran, and which schedule
@@ -105,7 +105,8 @@ def _rows(options: argparse.Namespace, samplers: Mapping[str, Sampler], batch_si
     num_steps = len(next(given[0].rhythm for (_, schedule), given in reports.items() if schedule == UNCACHED))
     forwards = {"launches": launched}
     if "graph" in samplers:
-        forwards["graph"] = captured_forwards(denoise, launched, num_steps)
+        num_full = {name: schedule.counts[Forward.FULL] for name, schedule in samplers["graph"].schedules.items()}
+        forwards["graph"] = captured_forwards(denoise, launched, num_steps, num_full)
     return [
         _row(options.name, key, given, denoise) | {"forwards": forwards[key[0]], "vae_ms": vae_ms or None}
         for key, given in reports.items()
@@ -133,24 +134,25 @@ def _row(who: str, key: Key, reports: Sequence[RunReport], denoise: Mapping[Key,
 
 
 def captured_forwards(
-    denoise: Mapping[Key, Sequence[float]], launched: Mapping[str, float], num_steps: int
+    denoise: Mapping[Key, Sequence[float]], launched: Mapping[str, float], num_steps: int, num_full: Mapping[str, int]
 ) -> dict[str, float]:
     """Tell the forwards within captured graphs apart, which a graph does not.
 
-    T steps of `full` take c + T·f, and one with T - 1 of another kind c + f + (T - 1)·x. The conditioning c is that of
+    T steps of `full` take c + T·f, and n with T - n of another kind c + n·f + (T - n)·x. The conditioning c is that of
     launch by launch: one launch of many.
 
     Args:
         denoise: milliseconds of a batch, by how it ran and schedule.
         launched: milliseconds of each engine launch by launch.
         num_steps: T.
+        num_full: n, by schedule.
     """
     whole = median(denoise["graph", UNCACHED])
     full = (whole - launched[CONDITIONING]) / num_steps
     found = {Forward.FULL.value: full}
     for (how, schedule), given in denoise.items():
         if how == "graph" and schedule.startswith(ONLY):
-            found[schedule.removeprefix(ONLY)] = full + (median(given) - whole) / (num_steps - 1)
+            found[schedule.removeprefix(ONLY)] = full + (median(given) - whole) / (num_steps - num_full[schedule])
     return found
 
 

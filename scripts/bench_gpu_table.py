@@ -153,7 +153,7 @@ def _forwards(rows: Sequence[Row], shape: Mapping[str, int] | None, gpu: str) ->
     for (size, who, how), found in sorted(merged.items()):
         full = found.get("full")
         floor = roofline(shape, ROWS_PER_IMAGE * size).floor_ms(gpu) if shape else None
-        kinds = [_number(found.get(kind)) for kind in ("full", "deep", "tokens", "reuse", "conditioning")]
+        kinds = [_number(found.get(kind)) for kind in ("full", "deep", "tokens", "reuse", "residual_1", "conditioning")]
         shares = [
             "–" if full is None or kind not in found else f"{found[kind] / full:.1%}" for kind in ("tokens", "reuse")
         ]
@@ -161,7 +161,7 @@ def _forwards(rows: Sequence[Row], shape: Mapping[str, int] | None, gpu: str) ->
             [size, who, how, *kinds, *shares, _number(floor), _times(full / floor if full and floor else None)]
         )
     head = (
-        *("batch", "who", "how", "full ms", "deep ms", "tokens ms", "reuse ms", "conditioning ms"),
+        *("batch", "who", "how", "full ms", "deep ms", "tokens ms", "reuse ms", "residual ms", "conditioning ms"),
         *("tokens/full", "reuse/full", "roofline ms", "full/roofline"),
     )
     return _section("One forward", head, lines)

@@ -193,7 +193,7 @@ def test_forwards_and_pipeline_are_measured_in_pytorch_and_laid_out(
 ) -> None:
     model = ("--model", latents, "--precision", "fp32", "--steps", "20", "--budget", "7")
     forwards = bench_gpu("forwards", *model, record="forwards")
-    assert [row["rhythm"] for row in forwards["rows"]] == ["F" * 20, "FCSFCSFCSFCSFCSFCSFC"]
+    assert [row["rhythm"] for row in forwards["rows"]] == ["F" * 20, "FCSFCSFCSFCSFCSFCSFC", "FF¹¹¹¹F¹¹¹¹F¹¹¹¹F¹¹¹"]
     assert set(forwards["rows"][1]["forwards"]) == {"full", "reuse", "tokens"}
     eager = bench_gpu("baseline", "eager", *model, record="eager")
     assert eager["rows"][0]["over_eager"] == 1.0
@@ -211,19 +211,23 @@ def test_forwards_and_pipeline_are_measured_in_pytorch_and_laid_out(
 def test_a_backend_exports_what_it_needs(latents: Path, bench_gpu: Bench) -> None:
     model = ("--model", latents, "--precision", "fp32", "--steps", "20", "--budget", "7")
     record = bench_gpu("backend", "onnxruntime", *model, "--verify", record="onnxruntime")
-    assert [row["schedule"] for row in record["rows"]] == ["published", "full"]
+    assert [row["schedule"] for row in record["rows"]] == ["published", "forecast", "full"]
+    assert record["rows"][1]["rhythm"] == "FF¹¹¹¹F¹¹¹¹F¹¹¹¹F¹¹¹"
     assert record["rows"][0]["vae_ms"] is None  # the decoder is exported with --vae alone
     assert record["beyond_bounds"] == {}
-    assert set(record["forward_parity"]) == {"full", "tokens", "reuse"}
+    assert set(record["forward_parity"]) == {"full", "tokens", "reuse", "residual_1"}
     assert record["shape"]["num_blocks"] == 4
 
 
 def test_forwards_within_a_graph_are_told_apart() -> None:
     module = _script("bench_gpu_backend")
-    # c = 2, f = 3, r = 1, T = 10: full 2 + 10 · 3 = 32, and 2 + 3 + 9 · 1 = 14
-    denoise = {("graph", "full"): [32.0], ("graph", "only_reuse"): [14.0], ("launches", "full"): [99.0]}
-    found = module["captured_forwards"](denoise, {"conditioning": 2.0, "full": 9.0}, 10)
-    assert found == {"full": pytest.approx(3.0), "reuse": pytest.approx(1.0)}
+    # c = 2, f = 3, r = 1, s = 0.5, T = 10: full 2 + 10 · 3 = 32; 2 + 3 + 9 · 1 = 14; 2 + 2 · 3 + 8 · 0.5 = 12
+    graphs = {"full": 32.0, "only_reuse": 14.0, "only_residual_1": 12.0}
+    denoise = {("graph", name): [time] for name, time in graphs.items()} | {("launches", "full"): [99.0]}
+    num_full = {"full": 10, "only_reuse": 1, "only_residual_1": 2}
+    found = module["captured_forwards"](denoise, {"conditioning": 2.0, "full": 9.0}, 10, num_full)
+    expected = {"full": 3.0, "reuse": 1.0, "residual_1": 0.5}
+    assert found == {kind: pytest.approx(time) for kind, time in expected.items()}
 
 
 def _script(name: str) -> dict[str, Any]:
@@ -292,7 +296,7 @@ def test_the_table_compares_all_with_eager_and_with_the_best_compiled() -> None:
     denoising = "| 12.50 | 80.0 | 10.0% | 2.50× | 20.00× | 4.00× | 99.0% | 0.200 | 30 | 2.000 |\n"
     assert f"| 2 | inductor | graph | published {denoising}" in page
     # 4 rows: 0.949 TFLOP at 989 TFLOP/s are 0.959 ms, of which 1.92 is the double
-    assert "| 2 | inductor | graph | 1.920 | – | – | 0.096 | – | – | 5.0% | 0.959 | 2.00× |" in page
+    assert "| 2 | inductor | graph | 1.920 | – | – | 0.096 | – | – | – | 5.0% | 0.959 | 2.00× |" in page
     assert "| compile | fast, batch 2 | 61.0 |" in page
     assert "| compile | slow, batch 8 | left out: no time |" in page
 
