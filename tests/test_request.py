@@ -327,7 +327,8 @@ def test_the_size_of_patches_alone_is_enough_where_no_squares_are_ranked() -> No
 def _embedded(num_prompts: int) -> Embedded:
     """Make embeddings (n, 2, 3) and masks (n, 2) that are told apart by their prompt."""
     embeddings = np.arange(num_prompts * 2 * 3, dtype=np.float32).reshape(num_prompts, 2, 3)
-    return Embedded(embeddings, np.arange(num_prompts * 2, dtype=np.float32).reshape(num_prompts, 2), num_prompts, ())
+    masks = np.arange(num_prompts * 2, dtype=np.float32).reshape(num_prompts, 2)
+    return Embedded(embeddings, masks, num_prompts, (), ((),) * num_prompts)
 
 
 def test_prompts_are_handed_on_image_by_image_negative_ones_first() -> None:

@@ -101,6 +101,29 @@ def test_prompts_become_embeddings_and_a_mask_in_their_order(cache: PromptCache)
     assert cache.num_tokens == NUM_TOKENS
 
 
+def test_words_that_the_tokenizer_does_not_know_are_told_as_they_were_written(cache: PromptCache) -> None:
+    embedded = cache.embed(["a Pink cat, pink", "a cat", "on a fox"])
+    assert embedded.unknown == (("Pink", ",", "pink"), (), ("fox",))
+    assert cache.embed(["a fox"]).unknown == (("fox",),)
+    assert cache.embed(["fox a"]).unknown == cache.embed(["fox a"]).unknown == (("fox",),)  # kept, too
+
+
+def test_signs_without_a_piece_are_told(encoder: FakeEncoder) -> None:
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁cat", -1.0), ("a", -3.0)]
+    pieces = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.enable_truncation(NUM_TOKENS)
+    pieces.enable_padding(length=NUM_TOKENS, pad_id=1, pad_token="</s>")
+    cache = PromptCache(pieces.to_str().encode(), encoder)
+    assert cache.embed(["cat a", "cat 猫 a"]).unknown == ((), ("猫",))
+
+
+def test_a_tokenizer_without_a_token_for_the_unknown_knows_everything_it_reads(encoder: FakeEncoder) -> None:
+    described = json.loads(tokenizer().to_str())
+    described["model"]["unk_token"] = "none of its words"
+    assert PromptCache(json.dumps(described).encode(), encoder).embed(["a cat"]).unknown == ((),)
+
+
 def test_a_prompt_is_encoded_once_and_found_again(cache: PromptCache, encoder: FakeEncoder) -> None:
     first = cache.embed(["a cat", "a mat", "a cat"])
     assert (first.num_encoded, first.num_kept) == (2, 1)

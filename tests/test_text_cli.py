@@ -49,14 +49,14 @@ def test_run_draws_a_row_of_pictures_and_reports_what_became_of_prompts(
     drawn: MadeByCommands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, report = tmp_path / "two.png", tmp_path / "report.json"
-    subjects = ["--prompt", "a red circle", "--prompt", "a cat", "--seed", 3, "--height", 24, "--width", 8]
+    subjects = ["--prompt", "a red circle", "--prompt", "a square", "--seed", 3, "--height", 24, "--width", 8]
     said = done(capsys, "run", drawn.bundle, *subjects, "--out", out, "--report", report)
     assert said.startswith(f"procache: {drawn.rhythm}\n")
     with Image.open(out) as picture:
         assert picture.size == (2 * 64, 192)  # two pictures of 24 × 8, each pixel 8 × 8
     written = json.loads(report.read_text())
     assert (written["rhythm"], written["batch_size"]) == (drawn.rhythm, 2)
-    assert written["text"] == {"num_kept": 1, "num_encoded": 3, "truncated": {}}
+    assert written["text"] == {"num_kept": 1, "num_encoded": 3, "truncated": {}, "unknown": {}}
 
 
 def test_a_picture_depends_on_prompt_negative_prompt_seed_and_size_alone(
@@ -78,16 +78,27 @@ def test_later_pictures_have_later_seeds(
     drawn: MadeByCommands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both, second = tmp_path / "both.png", tmp_path / "second.png"
-    done(capsys, "run", drawn.bundle, "--prompt", "a cat", "--prompt", "a circle", "--seed", 4, "--out", both)
+    done(capsys, "run", drawn.bundle, "--prompt", "a square", "--prompt", "a circle", "--seed", 4, "--out", both)
     done(capsys, "run", drawn.bundle, "--prompt", "a circle", "--prompt", "a", "--seed", 5, "--out", second)
     with Image.open(both) as pair, Image.open(second) as single:
         np.testing.assert_array_equal(np.asarray(pair)[:, 64:], np.asarray(single)[:, :64])
 
 
+def test_words_that_the_text_encoder_does_not_know_are_warned_of_and_reported(
+    drawn: MadeByCommands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--prompt", "a pink cat", "--out", str(tmp_path / "one.png"), "--report", str(report)]
+    assert main(["run", str(drawn.bundle), *arguments]) == 0
+    said = capsys.readouterr().err
+    assert said == "warning: of the prompt 'a pink cat' the text encoder does not know 'pink', 'cat'\n"
+    assert json.loads(report.read_text())["text"]["unknown"] == {"a pink cat": ["pink", "cat"]}
+
+
 def test_a_prompt_whose_end_was_not_read_is_warned_of(
     drawn: MadeByCommands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--prompt", LONG, "--prompt", "a cat", "--out", str(tmp_path / "two.png")]
+    arguments = ["--prompt", LONG, "--prompt", "a square", "--out", str(tmp_path / "two.png")]
     assert main(["run", str(drawn.bundle), *arguments]) == 0
     said = capsys.readouterr()
     assert said.err == f"warning: the prompt {LONG!r} has 9 tokens; its end was not read\n"

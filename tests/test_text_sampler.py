@@ -89,11 +89,11 @@ def test_a_prompt_is_encoded_once(fresh: Sampler, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_reported(fresh: Sampler) -> None:
-    cut = fresh.generate(prompts=[LONG, "a cat"], negative_prompts=["", f"{LONG} above"])
+    cut = fresh.generate(prompts=[LONG, "a square"], negative_prompts=["", f"{LONG} above"])
     # Of the two, the same is read.
     assert cut.report.text == TextReport(num_kept=1, num_encoded=3, truncated={LONG: 9, f"{LONG} above": 10})
     read = " ".join(LONG.split()[:-1])
-    fits = fresh.generate(prompts=[read, "a cat"], negative_prompts=["", read])
+    fits = fresh.generate(prompts=[read, "a square"], negative_prompts=["", read])
     assert fits.report.text == TextReport(num_kept=4, num_encoded=0, truncated={})
     assert_equal(fits, cut)
 

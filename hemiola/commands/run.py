@@ -8,8 +8,12 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hemiola.arguments import check_output_file, positive
+
+if TYPE_CHECKING:
+    from hemiola_runtime.report import TextReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +73,18 @@ def run(options: argparse.Namespace) -> int:
         written[options.report] = (json.dumps(asdict(result.report), indent=1) + "\n").encode()
     write_together(written)
     report = result.report
-    for prompt, num_tokens in (report.text.truncated if report.text else {}).items():
-        sys.stderr.write(f"warning: the prompt {prompt[:60]!r} has {num_tokens} tokens; its end was not read\n")
+    if report.text is not None:
+        _warn_of_prompts(report.text)
     height, width = result.images.shape[1:3]
     factor = enlargement(height, width)
     size = f"{height}×{width} pixels" + (f", each drawn {factor} times as large" if factor > 1 else "")
     sys.stdout.write(f"{report.schedule}: {report.rhythm}\n{report.wall_ms:.0f} ms; wrote {options.out}: {size}\n")
     return 0
+
+
+def _warn_of_prompts(report: TextReport) -> None:
+    for prompt, num_tokens in report.truncated.items():
+        sys.stderr.write(f"warning: the prompt {prompt[:60]!r} has {num_tokens} tokens; its end was not read\n")
+    for prompt, pieces in report.unknown.items():
+        said = ", ".join(map(repr, pieces))
+        sys.stderr.write(f"warning: of the prompt {prompt[:60]!r} the text encoder does not know {said}\n")

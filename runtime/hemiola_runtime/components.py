@@ -107,7 +107,9 @@ class Components:
         prompts = request.texts
         embedded = self._prompts.embed(prompts)
         truncated = {prompts[cut.index]: cut.num_tokens for cut in embedded.truncations}
-        return by_image(embedded, request.batch_size), TextReport(embedded.num_kept, embedded.num_encoded, truncated)
+        unknown = {prompt: pieces for prompt, pieces in zip(prompts, embedded.unknown, strict=True) if pieces}
+        report = TextReport(embedded.num_kept, embedded.num_encoded, truncated, unknown)
+        return by_image(embedded, request.batch_size), report
 
     def prepare(self) -> None:
         """Do ahead what the first prompt, and the first large picture of the default size, would do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from hemiola_runtime.errors import EngagementError
@@ -20,11 +20,13 @@ class TextReport:
         num_kept: prompts whose embeddings were at hand.
         num_encoded: prompts that the text encoder ran for.
         truncated: prompts that were longer than it takes, and how many tokens they had.
+        unknown: prompts with words or signs that its tokenizer does not know, and these.
     """
 
     num_kept: int
     num_encoded: int
-    truncated: dict[str, int]
+    truncated: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ It knows no engine: whoever opens a bundle hands in the function that runs the e
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -49,12 +50,14 @@ class Embedded:
         mask: (n, S) float32, 1 for a token and 0 for padding.
         num_encoded: how often the encoder ran; all other prompts were kept from earlier, or given twice.
         truncations: of the prompts that were too long.
+        unknown: of each prompt, what the tokenizer has no token for.
     """
 
     embeddings: NDArray[np.float32]
     mask: NDArray[np.float32]
     num_encoded: int
     truncations: tuple[Truncation, ...]
+    unknown: tuple[tuple[str, ...], ...]
 
     @property
     def num_kept(self) -> int:
@@ -64,11 +67,12 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tokens:
-    """One prompt: ids (S,) int64, mask (S,) float32, and how many tokens there were before it was cut."""
+    """One prompt: ids (S,) int64, mask (S,) float32, the tokens before it was cut, and what has none."""
 
     ids: NDArray[np.int64]
     mask: NDArray[np.float32]
     num_tokens: int
+    unknown: tuple[str, ...]
 
     @property
     def key(self) -> bytes:
@@ -98,6 +102,7 @@ class PromptCache:
             BundleError: the tokenizers library is missing, or this is no such tokenizer.
         """
         self._tokenizer, self.num_tokens = _opened(tokenizer_json)
+        self._unknown_id = _unknown_id(json.loads(tokenizer_json)["model"])
         self._encode = encode
         self._capacity_bytes = capacity_bytes
         self._kept: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()  # the last was asked for last
@@ -129,6 +134,7 @@ class PromptCache:
             truncations=tuple(
                 Truncation(i, each.num_tokens) for i, each in enumerate(tokens) if each.num_tokens > self.num_tokens
             ),
+            unknown=tuple(each.unknown for each in tokens),
         )
 
     def _tokens(self, prompt: str) -> _Tokens:
@@ -137,7 +143,9 @@ class PromptCache:
         # What was cut off is handed out in parts, each with the special tokens of a whole prompt.
         num_cut = sum(sum(part.attention_mask) - num_special for part in encoding.overflowing)
         ids, mask = np.array(encoding.ids, dtype=np.int64), np.array(encoding.attention_mask, dtype=np.float32)
-        return _Tokens(ids, mask, sum(encoding.attention_mask) + num_cut)
+        pieces = zip(encoding.ids, encoding.offsets, strict=True)
+        unknown = dict.fromkeys(prompt[start:stop].strip() for id_, (start, stop) in pieces if id_ == self._unknown_id)
+        return _Tokens(ids, mask, sum(encoding.attention_mask) + num_cut, tuple(unknown))
 
     def _embedding(self, tokens: _Tokens, prompt: str) -> tuple[NDArray[np.float32], bool]:
         """Return the embedding (S, D) of one prompt, not to be changed, and whether it was encoded just now."""
@@ -202,6 +210,14 @@ def _opened(data: bytes) -> tuple[Tokenizer, int]:
             "be one number. Export the model and build the bundle again"
         )
     return tokenizer, int(longest)
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """Return the token that stands for what has none, of a tokenizer's model; None if there is no such token."""
+    if model.get("unk_id") is not None:  # Unigram
+        return int(model["unk_id"])
+    vocabulary, unknown = model.get("vocab"), model.get("unk_token")
+    return vocabulary.get(unknown) if isinstance(vocabulary, dict) and unknown is not None else None
 
 
 def check_prompts(prompts: Sequence[str], what: str = "prompts") -> Sequence[str]:
