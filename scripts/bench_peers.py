@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+import diffusers
 import numpy as np
 import torch
 
@@ -59,7 +60,8 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=40, help="for the error")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)  # else a remark on every cache that is put in
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # else a remark on every cache that is put in
+    diffusers.utils.logging.set_verbosity_error()
     try:
         model = load_or_draw(options.model, options.model in ARCHITECTURES)
         with Sampler.open(options.bundle) as sampler:
