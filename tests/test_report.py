@@ -74,13 +74,14 @@ def test_a_captured_trajectory_is_timed_as_a_whole() -> None:
 
 
 def test_the_report_says_what_became_of_the_prompts() -> None:
-    text = TextReport(num_kept=3, num_encoded=1, truncated={"a very long story": 130})
+    text = TextReport(3, 1, truncated={"a very long story": 130}, unknown={"a pink cat": ("pink",)})
     report = report_of("fast", SCHEDULE, SEPARATE, 2, ran_of(LAUNCHES), 100.0, text)
     assert report == replace(report_on(LAUNCHES), batch_size=2, text=text)
     assert json.loads(json.dumps(asdict(report)))["text"] == {  # as `hemiola run --report` writes it
         "num_kept": 3,
         "num_encoded": 1,
         "truncated": {"a very long story": 130},
+        "unknown": {"a pink cat": ["pink"]},
     }
 
 
