@@ -124,7 +124,7 @@ def main() -> None:
     for name, row in record["schedules"].items():
         low, high = row["agreement_interval"]
         distance = "–" if row["frechet"] is None else f"{row['frechet']:.4g}"
-        print(f"{name:20}agreement {row['agreement']:.4f} [{low:.4f}, {high:.4f}]   Fréchet {distance}")
+        print(f"{name:24}agreement {row['agreement']:.4f} [{low:.4f}, {high:.4f}]   Fréchet {distance}")
 
 
 def _measure(samplers: Sequence[Sampler], options: argparse.Namespace) -> dict[str, Any]:
