@@ -17,7 +17,7 @@ from typing import Any, Final
 from hemiola_engines.build import BUILDERS, build_bundle
 from hemiola_engines.options import BuildOptions
 from hemiola_runtime.backends import obstacle
-from hemiola_runtime.bench import Spread, in_turn, sample, summary
+from hemiola_runtime.bench import Spread, in_turn, ratio, sample, summary
 from hemiola_runtime.bundle import open_bundle
 from hemiola_runtime.errors import BundleError
 from hemiola_runtime.graph_set import UNCACHED
@@ -126,7 +126,7 @@ def _row(who: str, key: Key, reports: Sequence[RunReport], denoise: Mapping[Key,
         "num_requests": len(reports),
         "denoise": asdict(Spread.of(denoise[key])),
         "wall": asdict(measured.wall),
-        "speedup": median(full / mine for mine, full in zip(denoise[key], denoise[how, UNCACHED], strict=True)),
+        "speedup": ratio(denoise[how, UNCACHED], denoise[key]),
         "busy": measured.busy,
         "host_ms": median(report.wall_ms - report.trajectory_ms for report in reports),
         "graph_bytes": measured.graph_bytes,

@@ -23,7 +23,7 @@ from hemiola_export.model import Model, make_scheduler
 from hemiola_export.reference_images import trajectory
 from hemiola_export.solver import measure_solver
 from hemiola_export.trajectory import Requests
-from hemiola_runtime.bench import Spread, in_turn
+from hemiola_runtime.bench import Spread, in_turn, ratio
 from hemiola_runtime.errors import RequestError
 from hemiola_runtime.graph_set import UNCACHED
 from hemiola_runtime.graphs import PRECISIONS
@@ -143,7 +143,7 @@ def _measure_forwards(
                     "batch_size": batch_size,
                     "num_requests": len(laps),
                     "denoise": asdict(Spread.of([lap.denoise_ms for lap in laps])),
-                    "speedup": _ratio([lap.denoise_ms for lap in given[UNCACHED]], [lap.denoise_ms for lap in laps]),
+                    "speedup": ratio([lap.denoise_ms for lap in given[UNCACHED]], [lap.denoise_ms for lap in laps]),
                     "forwards": {kind: median(ms for other, ms in steps if other == kind) for kind in kinds},
                 }
             )
@@ -234,11 +234,6 @@ def _pipeline_row(options: argparse.Namespace, how: str, batch_size: int, given:
         "denoise": asdict(Spread.of([one.denoise_ms for one in drawn])),
         "wall": asdict(Spread.of([one.wall_ms for one in drawn])),
         "vae_ms": median(one.vae_ms for one in drawn),
-        "over_eager": _ratio([one.denoise_ms for one in eager], [one.denoise_ms for one in drawn]),
+        "over_eager": ratio([one.denoise_ms for one in eager], [one.denoise_ms for one in drawn]),
         "forwards": {"full": median(one.denoise_ms for one in drawn) / options.steps},
     }
-
-
-def _ratio(base: Sequence[float], mine: Sequence[float]) -> float:
-    """Return the median of ratios of neighbouring requests."""
-    return median(theirs / ours for theirs, ours in zip(base, mine, strict=True))

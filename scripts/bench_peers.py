@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import diffusers
@@ -32,7 +31,7 @@ from hemiola_export.architectures import ARCHITECTURES
 from hemiola_export.model import Model, scheduler_from_identity
 from hemiola_runtime.artifacts import MadeBy, write_text
 from hemiola_runtime.backends import entry_of
-from hemiola_runtime.bench import Machine, Spread, gpu_state, in_turn
+from hemiola_runtime.bench import Machine, Spread, gpu_state, in_turn, ratio
 from hemiola_runtime.errors import HemiolaError, RequestError
 from hemiola_runtime.graph_set import UNCACHED
 from hemiola_runtime.graphs import PRECISIONS
@@ -141,16 +140,11 @@ def _row(name: Name, given: Mapping[Name, list[float]], latents: Mapping[Name, L
         "who": who,
         "how": name[1],
         "milliseconds": asdict(Spread.of(given[name])),
-        "over_diffusers": _ratio(given[plain], given[name]),
-        "over_own_uncached": _ratio(given["Hemiola", UNCACHED] if who == "Hemiola" else given[plain], given[name]),
+        "over_diffusers": ratio(given[plain], given[name]),
+        "over_own_uncached": ratio(given["Hemiola", UNCACHED] if who == "Hemiola" else given[plain], given[name]),
         "relative_l2": float(error.mean()),
         "relative_l2_interval": bootstrap_interval(error.tolist()),
     }
-
-
-def _ratio(base: Sequence[float], mine: Sequence[float]) -> float:
-    """Return the median of ratios of neighbouring requests."""
-    return median(theirs / ours for theirs, ours in zip(base, mine, strict=True))
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -126,6 +126,11 @@ def in_turn(
     return given
 
 
+def ratio(base: Sequence[float], mine: Sequence[float]) -> float:
+    """Return the median of the ratios of neighbouring requests, which were made in turn."""
+    return median(theirs / ours for theirs, ours in zip(base, mine, strict=True))
+
+
 def measure(
     sampler: Sampler,
     schedules: Sequence[str],
@@ -182,7 +187,7 @@ def summary(reports: Sequence[RunReport], base: Sequence[RunReport]) -> Measurem
             name: Spread.of([report.engine_ms[name] / report.counts[name] for report in reports])
             for name in first.engine_ms
         },
-        speedup=median(theirs.wall_ms / mine.wall_ms for mine, theirs in zip(reports, base, strict=True)),
+        speedup=ratio([report.wall_ms for report in base], [report.wall_ms for report in reports]),
         busy=median(_busy(report) for report in reports),
         graph_bytes=first.graph_bytes,
     )
